@@ -1,0 +1,57 @@
+"""realera_edit: erase concepts from text-to-image checkpoints in closed form.
+
+    from realera_edit import edit_model
+    result = edit_model("path/or/hub-id", ["Van Gogh"], target="a painting")
+    result.save("OUT")
+
+Names are loaded on first use, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "edit_model": "edit",
+    "EditResult": "edit",
+    "EditConfig": "config",
+    "Concept": "concepts",
+    "load_concepts": "concepts",
+    "inspect_path": "provenance",
+    "undo_folder": "provenance",
+    "RealEraError": "errors",
+    "RealEraWarning": "errors",
+}
+
+__all__ = [
+    "Concept",
+    "EditConfig",
+    "EditResult",
+    "RealEraError",
+    "RealEraWarning",
+    "__version__",
+    "edit_model",
+    "inspect_path",
+    "load_concepts",
+    "undo_folder",
+]
+
+if TYPE_CHECKING:
+    from .concepts import Concept, load_concepts
+    from .config import EditConfig
+    from .edit import EditResult, edit_model
+    from .errors import RealEraError, RealEraWarning
+    from .provenance import inspect_path, undo_folder
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'realera_edit' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

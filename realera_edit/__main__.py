@@ -1,0 +1,5 @@
+"""`python -m realera_edit`."""
+
+from .cli import main
+
+main()

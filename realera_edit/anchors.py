@@ -1,0 +1,75 @@
+"""The keep side: prior, preserved concepts, the rim beyond each neighbourhood, and the states that never move."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import EditConfig
+from .contexts import CONTEXTS, fill
+from .embeddings import PromptEncoder
+from .statistics import Keep, second_moment
+from .vocabulary import Prior, prior_moments
+
+# A preserved entry is held in these contexts, at every position after the start token.
+PRESERVE_CONTEXTS = 3
+RIM_WEIGHT = 1.0
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """What is kept in each text space, and the states [n, d] of each preserved entry for the drift report."""
+
+    cross: Keep
+    pooled: Keep | None
+    preserved: tuple[tuple[str, Tensor], ...]
+
+
+def build_anchors(
+    encoder: PromptEncoder,
+    prior: Prior | None,
+    preserve: Sequence[str],
+    rim: Sequence[str],
+    erased_words: Sequence[str],
+    config: EditConfig,
+) -> Anchors:
+    """Statistics of everything that stays.
+
+    `erased_words`: entries of the prior that go with a concept; their share is taken out of the prior, or it would
+    pull back what is erased. `rim`: words just outside a neighbourhood (beyond-concept anchors, weight
+    `RIM_WEIGHT`). `preserve`: names or prompts, weight `config.preserve_weight` each. One weight unit is one word of
+    the prior.
+    """
+    templates = CONTEXTS[config.kind][:PRESERVE_CONTEXTS]
+    entries = [(name, config.preserve_weight) for name in preserve] + [(word, RIM_WEIGHT) for word in rim]
+    prompts = [fill(t, name).prompt if len(name.split()) <= 4 else name for name, _ in entries for t in templates]
+    encoded = encoder.encode(prompts, config.padding, label="preserved")
+    size = len(templates)
+    rows, tops, preserved = [], [], []
+    for place, (name, weight) in enumerate(entries):
+        mine = encoded[place * size : (place + 1) * size]
+        states = torch.cat([e.states[1:] for e in mine])
+        rows.append(states * (weight / len(states)) ** 0.5)
+        tops += [e.pooled * (weight / size) ** 0.5 for e in mine if e.pooled is not None]
+        if place < len(preserve):
+            preserved.append((name, states))
+    empty = encoder.encode([""], encoder.max_length)[0]
+    taken = prior_moments(encoder, erased_words, config.padding) if prior is not None and erased_words else None
+    cross = _keep(rows, empty.states, None if prior is None else prior.cross, None if taken is None else taken[0])
+    pooled = None
+    if empty.pooled is not None and config.pooled:
+        second = None if prior is None else prior.pooled
+        pooled = _keep([t[None] for t in tops], empty.pooled[None], second, None if taken is None else taken[1])
+    return Anchors(cross, pooled, tuple(preserved))
+
+
+def _keep(rows: Sequence[Tensor], fixed: Tensor, second: Tensor | None, taken: Tensor | None) -> Keep:
+    stacked = torch.cat(list(rows)) if rows else fixed[:0]
+    if second is None:
+        return Keep(None, stacked.to(torch.float64), fixed)
+    second = second.to(fixed.device)
+    total = second + second_moment(stacked) if len(stacked) else second.clone()
+    return Keep(total if taken is None else total - taken.to(total), None, fixed)

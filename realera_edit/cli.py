@@ -1,0 +1,230 @@
+"""The command line: parse, one library call, print. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from . import __version__
+from .concepts import Concept, load_concepts, load_prompts
+from .config import EditConfig
+from .errors import CheckpointError, RealEraError, RealEraWarning
+
+F = TypeVar("F", bound=Callable[..., Any])
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+class _Command(click.Command):
+    """A command whose own errors are one line on stderr and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        warnings.showwarning = _show_warning  # type: ignore[assignment]  # any further arguments are ignored
+        signal.signal(signal.SIGTERM, _terminate)
+        try:
+            return super().invoke(ctx)
+        except RealEraError as error:
+            raise click.ClickException(str(error)) from error
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    if issubclass(category, RealEraWarning):
+        click.echo(f"Warning: {message}", err=True)
+
+
+def _terminate(*_: Any) -> None:
+    raise SystemExit(143)  # unwinds the stack, so that temporary files go
+
+
+def config_options(command: F) -> F:
+    """One option for each field of `EditConfig`: name, default, range and help are written there alone."""
+    for spec in reversed(fields(EditConfig)):
+        flag = f"--{spec.name.replace('_', '-')}"
+        meta: dict[str, Any] = {"help": spec.metadata["help"], "default": spec.default, "show_default": True}
+        if spec.name == "contexts":
+            option = click.option("--context", "contexts", multiple=True, help=spec.metadata["help"])
+        elif isinstance(spec.default, bool):
+            option = click.option(f"{flag}/--no-{spec.name}", spec.name, **meta)
+        elif spec.metadata["choices"]:
+            option = click.option(flag, spec.name, type=click.Choice(spec.metadata["choices"]), **meta)
+        else:
+            option = click.option(flag, spec.name, type=type(spec.default), **meta)
+        command = option(command)
+    return command
+
+
+def output_options(command: F) -> F:
+    """Options of every command that writes a folder or prints a record."""
+    for option in reversed(
+        (
+            click.option("--force", is_flag=True, help="Replace OUT if it exists."),
+            click.option("--json", "as_json", is_flag=True, help="Print the record as one JSON object."),
+            click.option("--quiet", "-q", is_flag=True, help="Print nothing but warnings and errors."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="realera-edit")
+def cli() -> None:
+    """Erase concepts from text-to-image checkpoints, in closed form: seconds, no images, no training.
+
+    \b
+    realera-edit erase MODEL "Van Gogh" -o OUT
+    realera-edit inspect OUT
+    realera-edit undo OUT -o RESTORED
+    """
+
+
+@cli.command(cls=_Command)
+@click.argument("model")
+@click.argument("names", nargs=-1, metavar="[CONCEPT]...")
+@click.option("--output", "-o", "out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--to", "target", help="What the concepts become.  [default: by kind]")
+@click.option("--alias", "aliases", multiple=True, help="Another name of the one concept given; repeatable.")
+@click.option(
+    "--concepts",
+    "concepts_file",
+    type=click.Path(path_type=Path),
+    help="Concepts from a .csv, .yaml, .json or .txt file (columns concept,target,aliases,strength,kind).",
+)
+@click.option("--preserve", multiple=True, help="A concept or prompt that must stay; repeatable.")
+@click.option(
+    "--preserve-file", type=click.Path(path_type=Path), help="Concepts or prompts that must stay, one a line."
+)
+@click.option("--prior-file", type=click.Path(path_type=Path), help="Prompts to hold in place of frequent words.")
+@config_options
+@click.option("--device", help="Where the text encoder runs.  [default: cuda where there is one, else cpu]")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Precision of the text encoder.  [default: float32]")
+@click.option("--variant", help="Weights of the text encoder to read, such as fp16.")
+@click.option("--revision", help="Branch, tag or commit of a hub model.")
+@click.option("--link", is_flag=True, help="Hard-link the unedited weights in place of copying them.")
+@click.option("--undo/--no-undo", default=True, show_default=True, help="Keep the original weights for `undo`.")
+@output_options
+def erase(model: str, names: tuple[str, ...], out: Path, **options: Any) -> None:
+    """Write a copy of MODEL that no longer draws each CONCEPT.
+
+    MODEL is a diffusers folder or a hub id. It is never changed.
+
+    \b
+    realera-edit erase ./sd15 "Van Gogh" "Picasso" --to "a painting" --preserve "Monet" -o ./no-painters
+    realera-edit erase ./sdxl --concepts celebrities.csv --preserve-file keep.txt -o ./safe
+    """
+    quiet, force, as_json = (options.pop(name) for name in ("quiet", "force", "as_json"))
+    link, undo, dtype = (options.pop(name) for name in ("link", "undo", "dtype"))
+    concepts = _gather(names, options.pop("concepts_file"), options.pop("aliases"))
+    preserve = list(options.pop("preserve"))
+    preserve += load_prompts(path) if (path := options.pop("preserve_file")) else []
+    prior = load_prompts(path) if (path := options.pop("prior_file")) else []
+    config = EditConfig(**{spec.name: options.pop(spec.name) for spec in fields(EditConfig)})
+    _check_output(out, force)
+    import torch
+
+    from .edit import edit_model
+
+    result = edit_model(
+        model,
+        concepts,
+        preserve=preserve,
+        prior=prior,
+        config=config,
+        dtype=getattr(torch, dtype) if dtype else None,
+        progress=not quiet and not as_json,
+        **options,
+    )
+    result.save(out, force=force, link=link, undo=undo)
+    note = f"\nwritten    {out}" + ("   (holds the originals for undo; --no-undo before you publish)" if undo else "")
+    _print(result.to_dict(), result.report() + note, as_json, quiet)
+
+
+@cli.command(cls=_Command)
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the record as one JSON object.")
+def inspect(path: Path, as_json: bool) -> None:
+    """Print what was erased from PATH: an edited folder, or one of its weight files.
+
+    \b
+    realera-edit inspect ./no-painters
+    """
+    from .provenance import inspect_path
+    from .report import render
+
+    data = inspect_path(path)
+    text = render(data) if "projections" in data else json.dumps(data, indent=1, ensure_ascii=False)
+    _print(data, text, as_json, False)
+
+
+@cli.command(cls=_Command)
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--output", "-o", "out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@output_options
+def undo(path: Path, out: Path, force: bool, as_json: bool, quiet: bool) -> None:
+    """Write a copy of the edited folder PATH with the original weights, to the bit.
+
+    \b
+    realera-edit undo ./no-painters -o ./restored
+    """
+    _check_output(out, force)
+    from .provenance import undo_folder
+
+    undo_folder(path, out, force=force, progress=not quiet and not as_json)
+    _print({"restored": str(out)}, f"restored   {out}", as_json, quiet)
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(("bash", "zsh", "fish")))
+def completion(shell: str) -> None:
+    """Print the completion script of SHELL.
+
+    \b
+    eval "$(realera-edit completion bash)"
+    """
+    from click.shell_completion import get_completion_class
+
+    found = get_completion_class(shell)
+    if found is None:
+        raise click.ClickException(f"{shell} is not supported by click")
+    click.echo(found(cli, {}, "realera-edit", "_REALERA_EDIT_COMPLETE").source())
+
+
+def _gather(names: tuple[str, ...], path: Path | None, aliases: tuple[str, ...]) -> list[Concept]:
+    if not names and path is None:
+        raise click.UsageError(
+            'name at least one CONCEPT, or give --concepts FILE. Example: erase MODEL "Van Gogh" -o OUT'
+        )
+    if aliases and (len(names) != 1 or path is not None):
+        raise click.UsageError(
+            "--alias goes with exactly one CONCEPT; for several use --concepts FILE with a column aliases"
+        )
+    given = [Concept(" ".join(name.split()), aliases=tuple(aliases)) for name in names]
+    return given + (load_concepts(path) if path else [])
+
+
+def _check_output(out: Path, force: bool) -> None:
+    """Fail before the work, not after it."""
+    if out.exists() and not force:
+        raise CheckpointError(f"{out}: already exists; choose another output, or replace it with --force")
+
+
+def _print(data: dict[str, Any], text: str, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(data, ensure_ascii=False))
+    elif not quiet:
+        click.echo(text)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    cli()

@@ -1,0 +1,167 @@
+"""From concepts to the factors of an edit: encode, mine, gather statistics, solve, and measure what was solved."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .anchors import Anchors, build_anchors
+from .concepts import Concept
+from .config import EditConfig
+from .embeddings import PromptEncoder
+from .neighbours import Clouds, Region
+from .pairs import ErasePairs, Group, build_pairs, list_groups
+from .solve import Factor, Solution, drift, residuals, solve
+from .statistics import Keep, Pairs
+from .vocabulary import Neighbourhood, Prior, load_prior, mine_words, whole_words
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A solved edit, independent of any denoiser: the factor of each text space and its diagnostics.
+
+    `residual` [groups]: share of each erased name left in text space. `drift`: the same for each preserved entry,
+    as (entry, mean, worst) of |M r - r| / |r| over its states. `seconds`: time of each stage.
+    """
+
+    concepts: tuple[Concept, ...]
+    groups: tuple[Group, ...]
+    neighbourhoods: tuple[tuple[Neighbourhood, ...], ...]
+    cross: Solution
+    pooled: Solution | None
+    residual: Tensor
+    drift: tuple[tuple[str, float, float], ...]
+    fingerprint: str
+    seconds: dict[str, float]
+
+    def factor(self, role: str) -> Factor:
+        """The factor that a projection of `role` is multiplied with."""
+        if role != "pooled":
+            return self.cross.factor
+        if self.pooled is None:
+            raise ValueError("this edit has no pooled text space")
+        return self.pooled.factor
+
+
+def compute_edit(
+    encoder: PromptEncoder,
+    concepts: Sequence[Concept],
+    config: EditConfig,
+    preserve: Sequence[str] = (),
+    prior_prompts: Sequence[str] = (),
+) -> Edit:
+    """Solve for `concepts` (with targets filled in). `prior_prompts` replace the vocabulary as the broad prior."""
+    clock = _Clock()
+    fingerprint = encoder.fingerprint()
+    words = list(prior_prompts) or whole_words(encoder.pairs[0][0], config.prior_words)
+    prior = load_prior(encoder, words, config.padding, fingerprint)
+    clock.lap("prior")
+    hoods = _mine(encoder, concepts, prior, preserve, config)
+    groups = list_groups(concepts, hoods)
+    pairs = build_pairs(encoder, concepts, groups, config)
+    anchors = _anchors(encoder, prior, preserve, groups, hoods, config)
+    clock.lap("encode")
+    wanted = torch.tensor([1 - _strength(concepts[g.concept], config) for g in groups], dtype=torch.float64)
+    cross = _solve(pairs.cross, anchors.cross, wanted, config)
+    pooled = None
+    if pairs.pooled is not None and anchors.pooled is not None:
+        pooled = _solve(pairs.pooled, anchors.pooled, wanted, replace(config, perturbation="none"))
+    clock.lap("solve")
+    moved = [(name, drift(cross.factor, states)) for name, states in anchors.preserved]
+    return Edit(
+        concepts=tuple(concepts),
+        groups=pairs.groups,
+        neighbourhoods=hoods,
+        cross=cross,
+        pooled=pooled,
+        residual=residuals(cross.factor, pairs.cross),
+        drift=tuple((name, float(d.mean()), float(d.max())) for name, d in moved),
+        fingerprint=fingerprint,
+        seconds=clock.laps,
+    )
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = now - self._last
+        self._last = now
+
+
+def _strength(concept: Concept, config: EditConfig) -> float:
+    return config.strength if concept.strength is None else concept.strength
+
+
+def _mine(
+    encoder: PromptEncoder,
+    concepts: Sequence[Concept],
+    prior: Prior | None,
+    preserve: Sequence[str],
+    config: EditConfig,
+) -> tuple[tuple[Neighbourhood, ...], ...]:
+    """The vocabulary neighbourhood of each name of each concept."""
+    if prior is None or not (config.words or config.beyond):
+        return tuple(() for _ in concepts)
+    names = [name for concept in concepts for name in concept.names]
+    targets = list(dict.fromkeys(concept.target or "" for concept in concepts))
+    encoded = encoder.encode([*names, *preserve, *targets], config.padding)
+    ends = torch.stack([e.states[len(e.ids) - 1] for e in encoded]).cpu()
+    skip = [{c.target or "", *(n.lower() for n in c.names)} for c in concepts for _ in c.names]
+    found = mine_words(
+        ends[: len(names)],
+        ends[len(names) :],
+        prior,
+        inside=config.words,
+        outside=config.beyond,
+        threshold=config.word_similarity,
+        skip=skip,
+    )
+    rows = iter(found)
+    return tuple(tuple(next(rows) for _ in concept.names) for concept in concepts)
+
+
+def _anchors(
+    encoder: PromptEncoder,
+    prior: Prior | None,
+    preserve: Sequence[str],
+    groups: Sequence[Group],
+    hoods: Sequence[Sequence[Neighbourhood]],
+    config: EditConfig,
+) -> Anchors:
+    erased = {group.name.lower() for group in groups}
+    rim = dict.fromkeys(word for row in hoods for hood in row for word, _ in hood.outside if word.lower() not in erased)
+    taken = [] if prior is None else [word for word in prior.words if word.lower() in erased]
+    return build_anchors(encoder, prior, preserve, list(rim), taken, config)
+
+
+def _solve(pairs: Pairs, keep: Keep, wanted: Tensor, config: EditConfig) -> Solution:
+    clouds = None
+    if config.perturbation == "isotropic":
+        region = Region(pairs.x.shape[1], config.radius, config.cos_min, config.cos_max)
+        clouds = Clouds(pairs, region, config.perturbation_weight, config.samples, config.seed)
+    return solve(pairs, keep, residual=wanted.to(pairs.x.device), ridge=config.ridge, clouds=clouds)
+
+
+def space_report(solution: Solution) -> dict[str, Any]:
+    """Diagnostics of one text space as plain numbers."""
+    factor = solution.factor
+    return {
+        "width": factor.width,
+        "rank": factor.rank,
+        "form": "dense" if factor.right is None else "low-rank",
+        "condition": solution.condition,
+        "jitter": solution.jitter,
+        "ridge": solution.ridge,
+    }
+
+
+__all__ = ["Edit", "ErasePairs", "compute_edit", "space_report"]

@@ -1,0 +1,71 @@
+"""One frozen configuration drives the library and the command line; each default and help text is written once."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from .errors import ConfigError
+
+KINDS = ("general", "object", "person", "style")
+PERTURBATIONS = ("none", "isotropic", "covariance")
+
+
+def _option(default: Any, help: str, low: float | None = None, high: float | None = None, choices: Any = None) -> Any:
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+
+
+@dataclass(frozen=True)
+class EditConfig:
+    """Everything that decides the result of an edit, apart from the model and the concepts.
+
+    All defaults are ours, measured on development concepts of the emoji model (docs/defaults.md); none is a
+    published value of RealEra. Raises `ConfigError` for a value outside its range.
+    """
+
+    strength: float = _option(
+        0.9, "Share of each concept to remove, 0 to 1 (wanted residual = 1 - strength).", 0.0, 0.9999
+    )
+    kind: str = _option("general", "Contexts and default target to use.", choices=KINDS)
+    contexts: tuple[str, ...] = _option((), "Own prompt templates, each with one {} for the concept.")
+    padding: int = _option(2, "Padding positions after the end token that are erased too.", 0, 76)
+    words: int = _option(8, "Most vocabulary words erased with each name (0: none).", 0, 1000)
+    word_similarity: float = _option(
+        0.6, "Least centred cosine between a concept and a vocabulary word erased with it.", -1.0, 1.0
+    )
+    perturbation: str = _option(
+        "none", "Shape of the random neighbours drawn around each concept state.", choices=PERTURBATIONS
+    )
+    samples: int = _option(0, "Random neighbours per concept; 0 uses their exact moments.", 0, 1_000_000)
+    radius: float = _option(
+        0.5, "D1 as a share of the state's norm (isotropic), or the scale of the covariance.", 0.0, 10.0
+    )
+    cos_min: float = _option(0.8, "S1: least cosine between a state and its isotropic neighbour.", -1.0, 1.0)
+    cos_max: float = _option(1.0, "S2: greatest cosine between a state and its isotropic neighbour.", -1.0, 1.0)
+    perturbation_weight: float = _option(
+        0.25, "Weight of a concept's random neighbours beside its own states.", 0.0, 1e6
+    )
+    beyond: int = _option(0, "Vocabulary words just outside each neighbourhood held with extra weight.", 0, 1000)
+    prior_words: int = _option(1000, "Frequent vocabulary words whose mapping is kept (0: none).", 0, 100_000)
+    preserve_weight: float = _option(10.0, "Weight of a preserved concept, in vocabulary words.", 0.0, 1e9)
+    ridge: float = _option(1e-3, "Weight of |W'-W|^2, in mean eigenvalues of the kept statistics.", 1e-12, 1e6)
+    edit: str = _option("kv", "Which projections to edit: keys, values or both.", choices=("kv", "k", "v"))
+    pooled: bool = _option(True, "Also edit the pooled text path (SDXL's add_embedding).")
+    seed: int = _option(0, "Seed of the random neighbours.", 0, 2**63 - 1)
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):
+            value, meta = getattr(self, spec.name), spec.metadata
+            if meta["choices"] is not None and value not in meta["choices"]:
+                raise ConfigError(f"{spec.name} = {value!r}: expected one of {', '.join(meta['choices'])}")
+            if meta["low"] is not None and not meta["low"] <= value <= meta["high"]:
+                raise ConfigError(f"{spec.name} = {value!r}: expected {meta['low']:g} to {meta['high']:g}")
+        if self.cos_min > self.cos_max:
+            raise ConfigError(f"cos_min = {self.cos_min} is above cos_max = {self.cos_max}: swap them")
+        for template in self.contexts:
+            if template.count("{}") != 1:
+                raise ConfigError(f"context {template!r}: write {{}} once, where the concept goes")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON types."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}

@@ -1,0 +1,220 @@
+"""The library call: `edit_model` for a folder, a hub id or a loaded pipeline, and the result that it returns."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .apply import apply_factor
+from .checkpoint import Checkpoint, open_checkpoint
+from .compute import Edit, compute_edit
+from .concepts import Concept, resolve_concepts
+from .config import EditConfig
+from .errors import CheckpointError, ConceptError, RealEraWarning
+from .hub import resolve
+from .pipeline import LoadedPipeline
+from .projections import selected
+from .provenance import RECORD, UNDO, header_metadata, record, write_undo
+from .report import render
+from .writer import copy_rest, edited_tensors, staged
+
+# A residual this far above the wanted one is worth a warning.
+RESIDUAL_SLACK = 0.1
+
+
+@dataclass
+class EditResult:
+    """An edit of one model. For a loaded pipeline it is in force already; for a folder, `save` writes it.
+
+    `tensors`: component -> weight -> SHA-256 before and after, once known.
+    """
+
+    source: Checkpoint | LoadedPipeline
+    edit: Edit
+    config: EditConfig
+    preserve: tuple[str, ...]
+    tensors: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict)
+    progress: bool = False
+
+    def save(self, out: str | Path, *, force: bool = False, link: bool = False, undo: bool = True) -> Path:
+        """Write the edited model to the folder `out`, which appears whole or not at all.
+
+        `force` replaces an existing folder, `link` hard-links unedited weights, `undo` stores the original weights
+        of the edited tensors beside the model, so that `undo_folder` restores them to the bit: delete
+        `realera_edit_undo.safetensors` before you publish. Raises `CheckpointError`.
+        """
+        out = Path(out)
+        if isinstance(self.source, Checkpoint):
+            self._save_folder(self.source, out, force, link, undo)
+        else:
+            self._save_pipeline(self.source, out, force)
+        return out
+
+    def undo(self) -> None:
+        """Restore a loaded pipeline to the bit. `CheckpointError` for a folder: it was never changed."""
+        if isinstance(self.source, Checkpoint):
+            raise CheckpointError(
+                f"{self.source.where}: was not changed; for a saved edit call undo_folder(OUT, RESTORED)"
+            )
+        self.source.restore()
+
+    def report(self) -> str:
+        """The edit in a screen of text."""
+        return render(self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record that is written to `realera_edit.json`."""
+        return record(self)
+
+    def counts(self) -> dict[str, int]:
+        """How many projections of each role were found and how many are edited."""
+        found = self.source.projections
+        chosen = selected(found, self.config.edit, self.config.pooled)
+        return {
+            f"{role}_{what}": sum(p.role == role for p in group)
+            for role in ("k", "v", "pooled")
+            for what, group in (("found", found), ("edited", chosen))
+        }
+
+    def _save_folder(self, source: Checkpoint, out: Path, force: bool, link: bool, undo: bool) -> None:
+        if out.absolute().resolve() == source.root.resolve():
+            raise CheckpointError(f"{out}: is the input; the edit never overwrites it, choose another output")
+        files = [(denoiser, file) for denoiser in source.denoisers for file in denoiser.files]
+        skip = {file.path for _, file in files} | set(source.dropped) | {source.root / RECORD, source.root / UNDO}
+        needed = sum(
+            path.stat().st_size for path in source.root.rglob("*") if path.is_file() and path not in source.dropped
+        )
+        chosen: dict[str, list[str]] = {}
+        for denoiser, file in files:
+            names = {p.name for p in selected(denoiser.projections, self.config.edit, self.config.pooled)}
+            chosen[str(file.path.relative_to(source.root))] = [n for n in file.entries if n in names]
+        with staged(out, force=force, needed=needed) as folder:
+            copy_rest(source.root, folder, skip, link, self.progress)
+            for denoiser, file in files:
+                relative = str(file.path.relative_to(source.root))
+                (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+                hashes = self.tensors.setdefault(relative, {})
+                roles = {p.name: p for p in denoiser.projections}
+                from .tensorfile import rewrite
+
+                def product(names: list[str], weights: list[Tensor], roles: Mapping[str, Any] = roles) -> list[Tensor]:
+                    return apply_by_role(self.edit, [roles[name].role for name in names], weights)
+
+                rewrite(
+                    file,
+                    folder / relative,
+                    header_metadata(self),
+                    edited_tensors(file, chosen[relative], product, hashes),
+                )
+            _check_changed(source.where, self.tensors)
+            if undo:
+                write_undo(folder / UNDO, source.root, chosen)
+            (folder / RECORD).write_text(
+                json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
+
+    def _save_pipeline(self, source: LoadedPipeline, out: Path, force: bool) -> None:
+        with staged(out, force=force, needed=source.bytes()) as folder:
+            source.pipe.save_pretrained(folder, safe_serialization=True)
+            (folder / RECORD).write_text(
+                json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
+
+
+def apply_by_role(edit: Edit, roles: Sequence[str], weights: Sequence[Tensor]) -> list[Tensor]:
+    """New weights, keys and values through the cross factor, the pooled path through its own."""
+    result: list[Tensor] = list(weights)
+    for pooled in (False, True):
+        places = [i for i, role in enumerate(roles) if (role == "pooled") == pooled]
+        if places:
+            factor = edit.factor(roles[places[0]])
+            for place, new in zip(
+                places, apply_factor(factor, [weights[i] for i in places], factor.width), strict=True
+            ):
+                result[place] = new
+    return result
+
+
+def _check_changed(where: str, tensors: Mapping[str, Mapping[str, Mapping[str, str]]]) -> None:
+    pairs = [pair for file in tensors.values() for pair in file.values()]
+    if pairs and all(pair["before"] == pair["after"] for pair in pairs):
+        raise ConceptError(
+            f"{where}: the edit changed no weight; raise strength, or choose a target further from the concept"
+        )
+
+
+def edit_model(
+    model: Any,
+    concepts: str | Concept | Iterable[str | Concept | Mapping[str, Any]],
+    *,
+    target: str | None = None,
+    preserve: Sequence[str] = (),
+    config: EditConfig | None = None,
+    prior: Sequence[str] = (),
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+    progress: bool = False,
+) -> EditResult:
+    """Erase `concepts` from `model`.
+
+    `model`: a loaded diffusers pipeline, edited in place (undo with `result.undo()`), or the path or hub id of a
+    diffusers folder, of which only the text encoder is loaded (`result.save(OUT)` writes the edited copy).
+    `concepts`: names, `Concept`s or mappings with name, target, aliases, strength, kind. `target`: for concepts
+    without one of their own. `preserve`: names or prompts that must stay. `prior`: prompts in place of the
+    vocabulary's frequent words. `device`, `dtype`: of the text encoder of a folder (default: a GPU where there is
+    one, float32). Raises a `RealEraError`; warns with `RealEraWarning` about what deserves a look.
+    """
+    config = config or EditConfig()
+    preserve = tuple(dict.fromkeys(" ".join(name.split()) for name in preserve))
+    if any(not name for name in preserve):
+        raise ConceptError("preserve: a name is empty; remove it (the empty prompt is always kept)")
+    wanted = resolve_concepts(concepts, kind=config.kind, target=target, preserve=preserve)
+    source: Checkpoint | LoadedPipeline
+    if isinstance(model, (str, Path)):
+        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        source = open_checkpoint(
+            resolve(model, revision), variant=variant, device=place, dtype=dtype, progress=progress
+        )
+    else:
+        source = LoadedPipeline(model, progress=progress)
+    selection = selected(source.projections, config.edit, config.pooled)
+    has_pooled = any(p.role == "pooled" for p in selection)
+    edit = compute_edit(source.encoder, wanted, config, preserve, prior)
+    result = EditResult(source, edit, config, preserve, progress=progress)
+    if has_pooled and edit.pooled is None:
+        raise CheckpointError(
+            f"{source.where}: its U-Net reads a pooled text state that the text encoder does not give"
+        )
+    _warn(result)
+    if isinstance(source, LoadedPipeline):
+        result.tensors = source.apply(edit, selection)
+        _check_changed(source.where, result.tensors)
+    return result
+
+
+def _warn(result: EditResult) -> None:
+    """Warn of names that stay further from their target than was wanted."""
+    edit = result.edit
+    weak = []
+    for group, left in zip(edit.groups, edit.residual.tolist(), strict=True):
+        strength = edit.concepts[group.concept].strength
+        wanted = 1 - (result.config.strength if strength is None else strength)
+        if group.role != "word" and left > wanted + RESIDUAL_SLACK:
+            weak.append(f"{group.name} ({left:.2f} left, {wanted:.2f} wanted)")
+    if weak:
+        warnings.warn(
+            f"{len(weak)} of {len(edit.groups)} names keep more than was asked: {', '.join(weak[:5])}"
+            f"{' ...' if len(weak) > 5 else ''}. They share states with what is kept; raise strength or lower "
+            "preserve_weight",
+            RealEraWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,150 @@
+"""The erase side: concept, aliases and neighbours in their contexts, aligned with their targets, as weighted rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .concepts import Concept
+from .config import EditConfig
+from .contexts import CONTEXTS, Filled, Span, align, fill
+from .embeddings import Encoded, PromptEncoder
+from .errors import ConceptError
+from .neighbours import covariance_rows
+from .statistics import Pairs
+from .vocabulary import Neighbourhood
+
+# A vocabulary word is erased in fewer contexts than a name: there are many of them, and encoding is the cost.
+WORD_CONTEXTS = 2
+
+
+@dataclass(frozen=True)
+class Group:
+    """One name that is erased: its concept's place in the request, and its role (name, alias or word)."""
+
+    name: str
+    concept: int
+    role: str
+
+
+@dataclass(frozen=True)
+class ErasePairs:
+    """Rows to erase in each text space, and what their groups are. `pooled` is None without a pooled path."""
+
+    cross: Pairs
+    pooled: Pairs | None
+    groups: tuple[Group, ...]
+
+
+def concept_contexts(concept: Concept, config: EditConfig) -> tuple[str, ...]:
+    """The templates that a concept is erased in: the user's own, else those of its kind."""
+    return config.contexts or CONTEXTS[concept.kind or config.kind]
+
+
+def list_groups(concepts: Sequence[Concept], neighbourhoods: Sequence[Sequence[Neighbourhood]]) -> list[Group]:
+    """One group for each name, alias and mined word; a word mined for several names belongs to the first."""
+    groups, seen = [], {name.casefold() for concept in concepts for name in concept.names}
+    for index, concept in enumerate(concepts):
+        groups += [Group(name, index, "alias" if place else "name") for place, name in enumerate(concept.names)]
+        for hood in neighbourhoods[index]:
+            for word, _ in hood.inside:
+                if word.casefold() not in seen:
+                    seen.add(word.casefold())
+                    groups.append(Group(word, index, "word"))
+    return groups
+
+
+def build_pairs(
+    encoder: PromptEncoder, concepts: Sequence[Concept], groups: Sequence[Group], config: EditConfig
+) -> ErasePairs:
+    """Encode every group in its contexts beside its target, and pair the states position by position.
+
+    Raises `ConceptError` for a concept whose states equal those of its target: erasing it would change nothing.
+    """
+    filled: list[tuple[Filled, Filled]] = []
+    owner: list[int] = []
+    for number, group in enumerate(groups):
+        concept = concepts[group.concept]
+        templates = concept_contexts(concept, config)
+        for template in templates[:WORD_CONTEXTS] if group.role == "word" else templates:
+            filled.append((fill(template, group.name), fill(template, concept.target or "")))
+            owner.append(number)
+    flat = [f for pair in filled for f in pair]
+    spans = encoder.spans(flat)
+    encoded = encoder.encode([f.prompt for f in flat], config.padding, label="concepts")
+    x, y, group_of = [], [], []
+    for number, here, there, a, b in zip(owner, spans[::2], spans[1::2], encoded[::2], encoded[1::2], strict=True):
+        rows = _aligned(here, there, a, b, config.padding)
+        x.append(a.states[[i for i, _ in rows]])
+        y.append(b.states[[j for _, j in rows]])
+        group_of += [number] * len(rows)
+    cross = _pairs(torch.cat(x), torch.cat(y), torch.tensor(group_of))
+    _check_moved(cross, groups, concepts)
+    if config.perturbation == "covariance":
+        ends = [
+            (a.states[len(a.ids) - 1], b.states[len(b.ids) - 1])
+            for a, b in zip(encoded[::2], encoded[1::2], strict=True)
+        ]
+        cross = _with_covariance(cross, ends, owner, groups, config)
+    pooled = None
+    if encoded[0].pooled is not None and config.pooled:
+        tops = torch.stack([e.pooled for e in encoded if e.pooled is not None])
+        pooled = _pairs(tops[::2], tops[1::2], torch.tensor(owner))
+    return ErasePairs(cross, pooled, tuple(groups))
+
+
+def _aligned(here: Span, there: Span, a: Encoded, b: Encoded, padding: int) -> list[tuple[int, int]]:
+    return [(i, j) for i, j in align(here, there, padding) if i < len(a.states) and j < len(b.states)]
+
+
+def _pairs(x: Tensor, y: Tensor, group: Tensor) -> Pairs:
+    group = group.to(x.device)
+    weight = 1 / torch.bincount(group)[group].to(torch.float64)
+    return Pairs(x, y, weight, group, torch.zeros(len(x), dtype=torch.bool, device=x.device))
+
+
+def _check_moved(pairs: Pairs, groups: Sequence[Group], concepts: Sequence[Concept]) -> None:
+    gap = torch.zeros(len(groups), device=pairs.x.device)
+    gap.index_reduce_(0, pairs.group, (pairs.y - pairs.x).norm(dim=1) / pairs.x.norm(dim=1), "amax")
+    for number in (gap < 1e-4).nonzero().flatten().tolist():
+        group = groups[number]
+        raise ConceptError(
+            f"{group.name!r} and its target {concepts[group.concept].target!r} have the same text states: the edit "
+            "would change nothing. Choose another target"
+        )
+
+
+def _with_covariance(
+    pairs: Pairs,
+    ends: Sequence[tuple[Tensor, Tensor]],
+    owner: Sequence[int],
+    groups: Sequence[Group],
+    config: EditConfig,
+) -> Pairs:
+    """The pairs with rows for covariance-shaped neighbours of each name, in total weight `perturbation_weight`."""
+    generator = torch.Generator().manual_seed(config.seed)
+    parts = [pairs]
+    first = {number: owner.index(number) for number in range(len(groups))}
+    for number, group in enumerate(groups):
+        if group.role == "word":
+            continue
+        mine = [pair for pair, o in zip(ends, owner, strict=True) if o == number]
+        words = [ends[first[k]][0] for k, g in enumerate(groups) if g.role == "word" and g.concept == group.concept]
+        x, y = (torch.stack(side).cpu() for side in zip(*mine, strict=True))
+        near = torch.stack(words).cpu() if words else x[:0]
+        dx, dy = covariance_rows(x, y, near, config.radius, config.samples, generator)
+        size = len(dx)
+        parts.append(
+            Pairs(
+                dx.to(pairs.x),
+                dy.to(pairs.x),
+                torch.full((size,), config.perturbation_weight, dtype=torch.float64, device=pairs.x.device),
+                torch.full((size,), number, device=pairs.x.device),
+                torch.ones(size, dtype=torch.bool, device=pairs.x.device),
+            )
+        )
+    columns = ([getattr(p, name) for p in parts] for name in ("x", "y", "weight", "group", "extra"))
+    return Pairs(*(torch.cat(column) for column in columns))

@@ -1,0 +1,156 @@
+"""The record of an edit: `realera_edit.json`, header metadata, `inspect`, and the way back."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+from .checkpoint import read_json
+from .compute import space_report
+from .errors import CheckpointError
+from .tensorfile import open_tensors, rewrite, write_tensors
+from .writer import copy_rest, digest, staged
+
+if TYPE_CHECKING:
+    from .edit import EditResult
+
+RECORD = "realera_edit.json"
+UNDO = "realera_edit_undo.safetensors"
+METADATA_KEY = "realera_edit"
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that the bytes of an edit depend on."""
+    found = {"realera_edit": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "diffusers", "safetensors", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def record(result: EditResult) -> dict[str, Any]:
+    """Everything about an edit as plain JSON types: recipe, outcome, hashes. The same edit gives the same record."""
+    edit = result.edit
+    concepts = []
+    for index, concept in enumerate(edit.concepts):
+        mine = [(g, float(r)) for g, r in zip(edit.groups, edit.residual, strict=True) if g.concept == index]
+        words = {word: value for hood in edit.neighbourhoods[index] for word, value in hood.inside}
+        concepts.append(
+            {
+                **asdict(concept),
+                "aliases": list(concept.aliases),
+                "residual": {g.name: _round(r) for g, r in mine if g.role != "word"},
+                "words": {g.name: _round(words.get(g.name, math.nan)) for g, _ in mine if g.role == "word"},
+            }
+        )
+    return {
+        "realera_edit": __version__,
+        "model": result.source.where,
+        "config": result.config.to_dict(),
+        "concepts": concepts,
+        "preserve": list(result.preserve),
+        "drift": {name: {"mean": _round(mean), "worst": _round(worst)} for name, mean, worst in edit.drift},
+        "projections": result.counts(),
+        "spaces": {
+            name: {k: _round(v) if isinstance(v, float) else v for k, v in space_report(solution).items()}
+            for name, solution in (("cross", edit.cross), ("pooled", edit.pooled))
+            if solution is not None
+        },
+        "text_encoder": edit.fingerprint,
+        "versions": versions(),
+        "tensors": result.tensors,
+    }
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def header_metadata(result: EditResult) -> dict[str, str]:
+    """What goes into the header of an edited weight file."""
+    recipe = {
+        "version": __version__,
+        "concepts": [{"name": c.name, "target": c.target, "aliases": list(c.aliases)} for c in result.edit.concepts],
+        "config": result.config.to_dict(),
+    }
+    return {METADATA_KEY: json.dumps(recipe, ensure_ascii=False)}
+
+
+def write_undo(path: Path, root: Path, chosen: Mapping[str, Sequence[str]]) -> None:
+    """Store the original bytes of every edited tensor, named "file::tensor"."""
+    tensors = {}
+    for relative, names in chosen.items():
+        file = open_tensors(root / relative)
+        for name in names:
+            entry = file.entries[name]
+            tensors[f"{relative}::{name}"] = (entry.dtype, entry.shape, lambda f=file, n=name: f.read_bytes(n))
+    write_tensors(path, tensors, {METADATA_KEY: json.dumps({"undo": True, "version": __version__})})
+
+
+def inspect_path(path: str | Path) -> dict[str, Any]:
+    """The record of an edited folder, or the recipe in an edited weight file's header. `CheckpointError` if none."""
+    path = Path(path)
+    if path.is_dir():
+        if not (path / RECORD).is_file():
+            raise CheckpointError(f"{path}: no {RECORD}; this folder was not written by realera-edit")
+        data = read_json(path / RECORD)
+        data["undo"] = (path / UNDO).is_file()
+        return data
+    text = open_tensors(path).metadata.get(METADATA_KEY)
+    if text is None:
+        raise CheckpointError(f"{path}: its header has no record of an edit")
+    try:
+        return dict(json.loads(text))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: the record in its header is damaged: {error}") from error
+
+
+def undo_folder(path: str | Path, out: str | Path, *, force: bool = False, progress: bool = False) -> Path:
+    """Write the folder `out` as `path` with the original weights, to the bit; `path` stays as it is.
+
+    Raises `CheckpointError` where the undo file is missing, or a weight is not the one that the edit wrote.
+    """
+    root, out = Path(path), Path(out)
+    tensors = inspect_path(root).get("tensors", {})
+    if out.absolute().resolve() == root.resolve():
+        raise CheckpointError(f"{out}: is the input; choose another output")
+    if not (root / UNDO).is_file():
+        raise CheckpointError(f"{root}: no {UNDO}: it was saved without one, or the file was deleted before publishing")
+    stored = open_tensors(root / UNDO)
+    originals: dict[str, list[str]] = {}
+    for key in stored.entries:
+        relative, _, name = key.partition("::")
+        inside = relative in tensors and not Path(relative).is_absolute() and ".." not in Path(relative).parts
+        if not inside or name not in tensors[relative]:
+            raise CheckpointError(f"{root / UNDO}: {key} is not among the tensors that {RECORD} names as edited")
+        originals.setdefault(relative, []).append(name)
+    files = {relative: open_tensors(root / relative) for relative in originals}
+    for relative, names in originals.items():
+        for name in names:
+            if (
+                name not in files[relative].entries
+                or digest(files[relative].read(name)) != tensors[relative][name]["after"]
+            ):
+                raise CheckpointError(
+                    f"{root / relative}: {name} is not as the edit left it; undo would mix two models"
+                )
+    skip = {file.path for file in files.values()} | {root / UNDO, root / RECORD}
+    needed = sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
+    with staged(out, force=force, needed=needed) as folder:
+        copy_rest(root, folder, skip, False, progress)
+        for relative, file in files.items():
+            (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+            restored = ((name, stored.read(f"{relative}::{name}")) for name in originals[relative])
+            rewrite(
+                file, folder / relative, {METADATA_KEY: json.dumps({"undone": True, "version": __version__})}, restored
+            )
+    return out

@@ -1,0 +1,222 @@
+"""Safetensors files by byte range: checked headers, single tensors, and rewriting a few tensors of a large file."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import CheckpointError
+
+_MAX_HEADER = 100 * 2**20
+_COPY_BYTES = 2**30
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_SIZES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I64": 8, "I32": 4, "I16": 2,
+    "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "C64": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: its dtype name, shape, and byte range relative to the data section."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """The checked header of a safetensors file: tensors in file order, metadata, and where the data begins."""
+
+    path: Path
+    entries: Mapping[str, Entry]
+    metadata: Mapping[str, str]
+    offset: int
+    raw: Mapping[str, Any]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in its own dtype. Raises `CheckpointError` for a dtype that is not floating point, NaN or inf."""
+        entry = self.entries[name]
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{self.path}: {name} is {entry.dtype}; only fp64, fp32, fp16 and bf16 weights can be edited. "
+                "Use the unquantised checkpoint"
+            )
+        data = self.read_bytes(name)
+        tensor = torch.frombuffer(data, dtype=DTYPES[entry.dtype]).reshape(entry.shape)
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"{self.path}: {name} contains NaN or inf: the checkpoint is damaged; take a sound copy"
+            )
+        return tensor
+
+    def read_bytes(self, name: str) -> bytearray:
+        """The bytes of one tensor."""
+        entry = self.entries[name]
+        data = bytearray(entry.stop - entry.start)
+        with open(self.path, "rb") as file:
+            file.seek(self.offset + entry.start)
+            if file.readinto(data) != len(data):
+                raise CheckpointError(f"{self.path}: ends inside {name}; the file changed or is truncated")
+        return data
+
+
+def open_tensors(path: Path) -> TensorFile:
+    """Read and check a header: its size, JSON, dtypes, shapes, and byte ranges that fill the file without gaps.
+
+    Raises `CheckpointError`, before anything as large as the header claims is allocated.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            lead = file.read(8)
+            length = struct.unpack("<Q", lead)[0] if len(lead) == 8 else -1
+            if not 2 <= length <= min(_MAX_HEADER, size - 8):
+                raise CheckpointError(
+                    f"{path}: not a whole safetensors file (header of {length} bytes, file of {size})"
+                )
+            header = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: the safetensors header is not valid JSON ({error}); take a sound copy"
+        ) from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: the safetensors header is not a mapping; take a sound copy")
+    metadata = header.get("__metadata__") or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(f"{path}: __metadata__ is not a mapping of strings; take a sound copy")
+    entries = {name: _entry(path, name, value) for name, value in header.items() if name != "__metadata__"}
+    at = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != at:
+            raise CheckpointError(f"{path}: {name} starts at byte {entry.start}, expected {at}: damaged offsets")
+        at = entry.stop
+    if at != size - 8 - length:
+        raise CheckpointError(
+            f"{path}: the header describes {at} bytes of tensors, the file holds {size - 8 - length}: truncated"
+        )
+    return TensorFile(path, entries, metadata, 8 + length, header)
+
+
+def _entry(path: Path, name: str, value: Any) -> Entry:
+    try:
+        dtype, shape, (start, stop) = value["dtype"], value["shape"], value["data_offsets"]
+        numbers = [*shape, start, stop]
+        sound = all(type(n) is int and 0 <= n < 2**62 for n in numbers) and isinstance(dtype, str)
+    except (TypeError, KeyError, ValueError):
+        sound = False
+    if not sound:
+        raise CheckpointError(f"{path}: the header entry of {name} is malformed; take a sound copy")
+    count = 1
+    for n in shape:
+        count *= n
+    # dtypes that we do not know (new quantisations) are carried along unread, whatever their size
+    if stop < start or (dtype in _SIZES and stop - start != count * _SIZES[dtype]):
+        raise CheckpointError(f"{path}: {name} is {dtype} {list(shape)} but spans {stop - start} bytes: damaged header")
+    return Entry(dtype, tuple(shape), start, stop)
+
+
+def to_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, in order."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy the content of a file, inside the kernel (and by reference where the file system can)."""
+    with open(source, "rb") as src, open(target, "xb") as dst:
+        _copy_range(src.fileno(), dst.fileno(), os.fstat(src.fileno()).st_size)
+        dst.flush()
+
+
+def _copy_range(src: int, dst: int, count: int) -> None:
+    """Copy `count` bytes from the current position of `src` to that of `dst`."""
+    while count > 0:
+        done = 0
+        if hasattr(os, "copy_file_range"):
+            try:
+                done = os.copy_file_range(src, dst, min(count, _COPY_BYTES))
+            except OSError:  # across file systems on old kernels; a full disk shows again in write()
+                done = 0
+        if done == 0:
+            data = os.read(src, min(count, 2**22))
+            if not data:
+                raise OSError("the file ended while it was copied")
+            view = memoryview(data)
+            while view:
+                view = view[os.write(dst, view) :]
+            done = len(data)
+        count -= done
+
+
+def rewrite(
+    source: TensorFile, target: Path, metadata: Mapping[str, str], edited: Iterator[tuple[str, Tensor]]
+) -> None:
+    """Write `target` as `source` with some tensors replaced and `metadata` added.
+
+    Every other tensor is byte-identical, and so are the order of the keys and the layout of the data section.
+    `edited` yields (name, tensor of the stored dtype and shape).
+    """
+    header = {"__metadata__": {**source.metadata, **metadata}}
+    header |= {name: value for name, value in source.raw.items() if name != "__metadata__"}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(target, "x+b") as dst:
+        dst.write(struct.pack("<Q", len(text)) + text)
+        dst.flush()
+        with open(source.path, "rb") as src:
+            src.seek(source.offset)
+            total = os.fstat(src.fileno()).st_size - source.offset
+            os.lseek(src.fileno(), source.offset, os.SEEK_SET)
+            os.lseek(dst.fileno(), 8 + len(text), os.SEEK_SET)
+            _copy_range(src.fileno(), dst.fileno(), total)
+        for name, tensor in edited:
+            entry = source.entries[name]
+            if DTYPES.get(entry.dtype) != tensor.dtype or entry.shape != tuple(tensor.shape):
+                raise CheckpointError(
+                    f"{target}: {name} is {entry.dtype} {entry.shape}, not {tensor.dtype} {tuple(tensor.shape)}"
+                )
+            dst.seek(8 + len(text) + entry.start)
+            dst.write(to_bytes(tensor))
+        dst.flush()
+        os.fsync(dst.fileno())
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], Callable[[], Any]]], metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file tensor by tensor: name -> (dtype name, shape, a call that returns its bytes)."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    at = 0
+    for name, (dtype, shape, _) in tensors.items():
+        size = _SIZES[dtype]
+        for n in shape:
+            size *= n
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "xb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for _, _, call in tensors.values():
+            file.write(call())
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,197 @@
+"""Write an edited folder: beside its place first, synced, then renamed, so that OUT is absent or whole."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .checkpoint import walk
+from .errors import CheckpointError, SolveError
+from .tensorfile import TensorFile, copy_file, to_bytes
+
+if sys.platform != "win32":  # there, folders of killed runs are left for the user
+    import fcntl
+
+GROUP_ELEMENTS = 32 * 2**20
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes."""
+    return hashlib.sha256(to_bytes(tensor)).hexdigest()
+
+
+@contextlib.contextmanager
+def staged(out: Path, *, force: bool, needed: int) -> Iterator[Path]:
+    """A temporary folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
+
+    `needed`: bytes that will be written, checked against the free space first. A folder that a killed run left
+    behind is removed: its lock is free. Raises `CheckpointError` where `out` exists (without `force`), cannot be
+    written, or appears meanwhile.
+    """
+    parent = out.absolute().parent
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise CheckpointError(f"{out}: exists and is not a folder; choose another output")
+    if out.exists() and not force:
+        raise CheckpointError(f"{out}: already exists; choose another output, or replace it with --force")
+    prefix = f".{out.name}.realera-"
+    temporary = None
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(parent, prefix, out)
+        free = shutil.disk_usage(parent).free
+        if needed > free:
+            raise CheckpointError(f"{parent}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB free; make room")
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        with _locked(temporary):
+            yield temporary
+            _sync(temporary)
+            _publish(temporary, out, force)
+            temporary = None
+        _sync_folder(parent)
+    except OSError as error:
+        raise CheckpointError(f"{out}: cannot be written: {_explain(error)}") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _explain(error: OSError) -> str:
+    hints = {
+        errno.ENOSPC: "the disk is full; make room and run again",
+        errno.EDQUOT: "the disk quota is used up; make room and run again",
+        errno.EROFS: "the file system is read-only; choose another output",
+        errno.EACCES: "permission denied; choose an output that you may write",
+        errno.EPERM: "permission denied; choose an output that you may write",
+        errno.ENOTEMPTY: "another run has just written it; choose another output, or use --force",
+        errno.EEXIST: "another run has just written it; choose another output, or use --force",
+    }
+    return hints.get(error.errno or 0, f"{error.strerror or error} ({error.filename})")
+
+
+def _publish(temporary: Path, out: Path, force: bool) -> None:
+    os.chmod(temporary, 0o777 & ~_umask())
+    if force and out.exists():
+        # the old folder steps aside under our own prefix, where the next run finds it should we be killed here
+        aside = Path(tempfile.mkdtemp(prefix=temporary.name, dir=temporary.parent))
+        os.rename(out, aside / "old")
+        try:
+            os.rename(temporary, out)
+        except OSError:
+            os.rename(aside / "old", out)
+            raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    else:
+        os.rename(temporary, out)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    if sys.platform == "win32":
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _remove_stale(parent: Path, prefix: str, out: Path) -> None:
+    if sys.platform == "win32":
+        return
+    for folder in parent.glob(f"{prefix}*"):
+        try:
+            handle = os.open(folder, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # a run killed between two renames leaves the only copy of the old folder here
+            if out.exists() or not (folder / "old").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:  # its writer is alive
+            pass
+        finally:
+            os.close(handle)
+
+
+def _sync(folder: Path) -> None:
+    for path, _ in walk(folder):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    for current, _, _ in os.walk(folder):
+        _sync_folder(Path(current))
+
+
+def _sync_folder(folder: Path) -> None:
+    if sys.platform == "win32":  # folders cannot be opened there
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def copy_rest(root: Path, out: Path, skip: set[Path], link: bool, progress: bool) -> None:
+    """Copy every file below `root` but those in `skip` (absolute), following links; with `link`, hard-link weights.
+
+    Small files are always copied: an editor that saves a linked file in place would change the original too.
+    """
+    files = [(path, relative) for path, relative in walk(root) if path not in skip]
+    for path, relative in tqdm(files, desc="copying", unit="file", delay=1, leave=False, disable=not progress):
+        target = out / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if link and path.suffix == ".safetensors":
+            try:
+                os.link(path.resolve(), target)
+                continue
+            except OSError:  # another file system
+                pass
+        copy_file(path, target)
+
+
+def edited_tensors(
+    file: TensorFile,
+    names: Sequence[str],
+    product: Callable[[list[str], list[Tensor]], list[Tensor]],
+    hashes: dict[str, dict[str, str]],
+) -> Iterator[tuple[str, Tensor]]:
+    """Read the named tensors of `file` in groups, edit each group at once, and yield (name, new tensor).
+
+    `hashes` receives name -> {"before": ..., "after": ...}. Raises `SolveError` where a result overflows its dtype.
+    """
+    start = 0
+    while start < len(names):
+        stop, size = start, 0
+        while stop < len(names) and (stop == start or size < GROUP_ELEMENTS):
+            shape = file.entries[names[stop]].shape
+            size += shape[0] * shape[1]
+            stop += 1
+        group = list(names[start:stop])
+        weights = [file.read(name) for name in group]
+        for name, old, new in zip(group, weights, product(group, weights), strict=True):
+            if not bool(torch.isfinite(new).all()):
+                raise SolveError(f"{file.path}: the edited {name} overflows {new.dtype}; raise ridge or lower strength")
+            hashes[name] = {"before": digest(old), "after": digest(new)}
+            yield name, new
+        start = stop
