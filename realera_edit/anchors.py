@@ -16,6 +16,8 @@ from .vocabulary import Prior, prior_moments
 
 # A preserved entry is held in these contexts, at every position after the start token.
 PRESERVE_CONTEXTS = 3
+# Words of the longest preserved entry that is taken for a name; a longer one is a prompt.
+LONGEST_NAME = 4
 RIM_WEIGHT = 1.0
 
 
@@ -44,18 +46,17 @@ def build_anchors(
     the prior.
     """
     templates = CONTEXTS[config.kind][:PRESERVE_CONTEXTS]
-    entries = [(name, config.preserve_weight) for name in preserve] + [(word, RIM_WEIGHT) for word in rim]
-    prompts = [fill(t, name).prompt if len(name.split()) <= 4 else name for name, _ in entries for t in templates]
-    encoded = encoder.encode(prompts, config.padding, label="preserved")
-    size = len(templates)
-    rows, tops, preserved = [], [], []
-    for place, (name, weight) in enumerate(entries):
-        mine = encoded[place * size : (place + 1) * size]
+    entries = [(_held_prompts(name, templates), config.preserve_weight) for name in preserve]
+    # the prior holds each word of the rim in a context already; once more by itself is enough
+    entries += [([word], RIM_WEIGHT) for word in rim]
+    encoded = iter(encoder.encode([p for prompts, _ in entries for p in prompts], config.padding, label="preserved"))
+    rows, tops, held = [], [], []
+    for prompts, weight in entries:
+        mine = [next(encoded) for _ in prompts]
         states = torch.cat([e.states[1:] for e in mine])
         rows.append(states * (weight / len(states)) ** 0.5)
-        tops += [e.pooled * (weight / size) ** 0.5 for e in mine if e.pooled is not None]
-        if place < len(preserve):
-            preserved.append((name, states))
+        tops += [e.pooled * (weight / len(mine)) ** 0.5 for e in mine if e.pooled is not None]
+        held.append(states)
     empty = encoder.encode([""], encoder.max_length)[0]
     taken = prior_moments(encoder, erased_words, config.padding) if prior is not None and erased_words else None
     cross = _keep(rows, empty.states, None if prior is None else prior.cross, None if taken is None else taken[0])
@@ -63,7 +64,12 @@ def build_anchors(
     if empty.pooled is not None and config.pooled:
         second = None if prior is None else prior.pooled
         pooled = _keep([t[None] for t in tops], empty.pooled[None], second, None if taken is None else taken[1])
-    return Anchors(cross, pooled, tuple(preserved))
+    return Anchors(cross, pooled, tuple(zip(preserve, held, strict=False)))
+
+
+def _held_prompts(entry: str, templates: Sequence[str]) -> list[str]:
+    """A name in each template; a whole prompt as it is."""
+    return [fill(t, entry).prompt for t in templates] if len(entry.split()) <= LONGEST_NAME else [entry]
 
 
 def _keep(rows: Sequence[Tensor], fixed: Tensor, second: Tensor | None, taken: Tensor | None) -> Keep:

@@ -19,6 +19,7 @@ from .projections import Projection, text_projections
 from .tensorfile import TensorFile, open_tensors
 
 ENCODER_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
+UNDO_FILE = "realera_edit_undo.safetensors"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _FOREIGN_WEIGHTS = (*PICKLES, ".msgpack", ".onnx", ".onnx_data", ".h5")
 _CONVERT = (
@@ -26,7 +27,7 @@ _CONVERT = (
     "P.from_pretrained('{path}', use_safetensors=False).save_pretrained('{path}-safetensors')\""
 )
 _WEIGHTS = re.compile(
-    r"^(?P<stem>model|diffusion_pytorch_model)(\.(?P<variant>[\w-]+?))?(-\d{5}-of-\d{5})?\.safetensors$"
+    r"^(?P<stem>model|diffusion_pytorch_model)(\.(?P<variant>[\w-]+?))?(?P<shard>-\d{5}-of-\d{5})?\.safetensors$"
 )
 
 
@@ -75,12 +76,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_sets(folder: Path) -> dict[str | None, tuple[Path, ...]]:
-    """variant (None: the plain one) -> its safetensors files, shards listed by their index."""
+    """variant (None: the plain one) -> all its safetensors files, shards listed by their index."""
     sets: dict[str | None, tuple[Path, ...]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         match = _WEIGHTS.match(path.name)
-        if match and not match[3]:
-            sets[match["variant"]] = (path,)
+        if match and not match["shard"]:
+            sets[match["variant"]] = (*sets.get(match["variant"], ()), path)
     for path in sorted(folder.glob("*.safetensors.index*.json")):
         variant = path.name.partition(".safetensors.index")[2].removesuffix("json").strip(".") or None
         names = read_json(path).get("weight_map")
@@ -90,7 +91,8 @@ def weight_sets(folder: Path) -> dict[str | None, tuple[Path, ...]]:
         for name in shards:
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise CheckpointError(f"{path}: points to {name!r}, which is not a weight file in its own folder")
-        sets.setdefault(variant, tuple(folder / name for name in shards))
+        # beside a whole file of the same variant, too: whichever of the two is loaded, it must be the edited one
+        sets[variant] = (*sets.get(variant, ()), *(folder / name for name in shards))
     if not sets:
         pickles = [path.name for path in folder.glob("*") if path.suffix in PICKLES]
         if pickles:
@@ -122,7 +124,7 @@ def open_checkpoint(
 
     The text encoders are loaded in `dtype` (float32 unless told); of the denoisers only the headers are read.
     """
-    if not root.exists():
+    if not os.path.exists(root):  # unlike Path.exists, never raises
         raise CheckpointError(f"{root}: no such folder; give a diffusers folder or a hub id such as owner/name")
     if root.is_file():
         if root.suffix in PICKLES:
@@ -174,6 +176,7 @@ def _open_denoiser(folder: Path, config: Mapping[str, Any], widths: tuple[int, i
 def _unedited_copies(root: Path, denoisers: list[Denoiser]) -> tuple[Path, ...]:
     """Files that hold the same model unedited, in another format: copied along they would keep the concept."""
     found = [path for path in root.iterdir() if path.suffix in (*_FOREIGN_WEIGHTS, ".safetensors") and path.is_file()]
+    found = [path for path in found if path.name != UNDO_FILE]  # of an earlier edit, and never copied
     for denoiser in denoisers:
         folder = root / denoiser.name
         edited = {file.path for file in denoiser.files}
@@ -231,9 +234,9 @@ def _text_model(folder: Path, kind: str, variant: str | None, device: str, dtype
     pick, paths = _choose(folder, variant)
     for path in paths:
         file = open_tensors(path)
-        for name, entry in file.entries.items():
-            if entry.dtype in ("F16", "BF16", "F32", "F64"):
-                file.read(name)  # NaN and truncation are found here, by name
+        for name in file.entries:
+            if not name.endswith("position_ids"):
+                file.read(name)  # NaN, truncation and quantised weights are found here, by name
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -253,7 +256,10 @@ def _text_model(folder: Path, kind: str, variant: str | None, device: str, dtype
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise CheckpointError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}; take a sound copy")
-    return model.eval().requires_grad_(False).to(device)
+    try:
+        return model.eval().requires_grad_(False).to(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has no error of its own for this
+        raise CheckpointError(f"device {device!r} cannot be used: {_first_line(error)}; leave --device out") from error
 
 
 def _first_line(error: Exception) -> str:
@@ -261,9 +267,14 @@ def _first_line(error: Exception) -> str:
 
 
 def walk(root: Path) -> Iterator[tuple[Path, Path]]:
-    """(absolute, relative) path of every file below `root`, in a fixed order; hidden hub caches are passed over."""
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if name not in (".git", ".cache"))
+    """(absolute, relative) path of every file below `root`, in a fixed order; hidden hub caches are passed over.
+
+    Linked folders are followed, unless they lead back to one that they are in.
+    """
+    for folder, folders, names in os.walk(root, followlinks=True):
+        here = Path(folder).resolve()
+        inside = (name for name in folders if name not in (".git", ".cache"))
+        folders[:] = sorted(name for name in inside if (here / name).resolve() not in (here, *here.parents))
         for name in sorted(names):
             path = Path(folder) / name
             yield path, path.relative_to(root)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import warnings
@@ -211,7 +212,7 @@ def _gather(names: tuple[str, ...], path: Path | None, aliases: tuple[str, ...])
 
 def _check_output(out: Path, force: bool) -> None:
     """Fail before the work, not after it."""
-    if out.exists() and not force:
+    if os.path.exists(out) and not force:  # unlike Path.exists, never raises
         raise CheckpointError(f"{out}: already exists; choose another output, or replace it with --force")
 
 

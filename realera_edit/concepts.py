@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-from collections.abc import Iterable, Sequence
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -42,30 +45,33 @@ def _clean(text: str) -> str:
 
 
 def _key(text: str) -> str:
-    return _clean(text).casefold()
+    """What the tokenizer does not tell apart is the same name: case, spaces, and the two spellings of an accent."""
+    return unicodedata.normalize("NFC", _clean(text)).casefold()
 
 
 def _contains(text: str, name: str) -> bool:
-    """Whether `name` stands in `text` as whole words."""
-    return f" {_key(name)} " in f" {_key(text)} "
+    """Whether `name` stands in `text` as whole words; in scripts without spaces, whether it stands there at all."""
+    name = _key(name)
+    left, right = ("" if unicodedata.east_asian_width(edge) in "WF" else r"\w" for edge in (name[:1] or " ", name[-1:]))
+    pattern = (f"(?<!{left})" if left else "") + re.escape(name) + (f"(?!{right})" if right else "")
+    return bool(name) and re.search(pattern, _key(text)) is not None
 
 
 def _concept(row: Any, where: str) -> Concept:
-    """A `Concept` from a string or a mapping with the columns of `COLUMNS`."""
+    """A `Concept` from a string, a mapping with the columns of `COLUMNS`, or a `Concept` as a caller made it."""
+    # a target of "" is the empty prompt where a caller's `Concept` says so; in a file it is a field left blank
+    blank = (None,) if isinstance(row, Concept) else (None, "")
     if isinstance(row, Concept):
-        return row
+        row = {column: getattr(row, column) for column in COLUMNS}
     if isinstance(row, str):
         return Concept(_clean(row))
-    if not isinstance(row, dict):
+    if not isinstance(row, Mapping):
         raise ConceptError(f"{where}: expected a name or a mapping with {', '.join(COLUMNS)}, found {row!r}")
     unknown = sorted(str(key) for key in row if key not in COLUMNS)
     if unknown:
         raise ConceptError(
             f"{where}: unknown column {', '.join(unknown)}; known: {', '.join(COLUMNS)} (concept = name)"
         )
-    aliases = row.get("aliases") or ()
-    if isinstance(aliases, str):
-        aliases = aliases.split(";")
     strength = row.get("strength")
     try:
         strength = None if strength in (None, "") else float(strength)
@@ -74,16 +80,30 @@ def _concept(row: Any, where: str) -> Concept:
     target = row.get("target")
     return Concept(
         name=_clean(str(row.get("name") or "")),
-        target=_clean(str(target)) if target not in (None, "") else None,
-        aliases=tuple(a for a in (_clean(str(alias)) for alias in aliases) if a),
+        target=None if target in blank else _clean(str(target)),
+        aliases=_aliases(row.get("aliases") or (), where),
         strength=strength,
-        kind=str(row["kind"]) if row.get("kind") else None,
+        kind=_clean(str(row["kind"])) if row.get("kind") else None,
     )
+
+
+def _aliases(given: Any, where: str) -> tuple[str, ...]:
+    if isinstance(given, str):
+        return tuple(alias for alias in map(_clean, given.split(";")) if alias)
+    if not isinstance(given, (list, tuple)):
+        raise ConceptError(f"{where}: aliases {given!r}: expected a list, or names separated by ;")
+    aliases = tuple("" if alias is None else _clean(str(alias)) for alias in given)
+    if not all(aliases):
+        raise ConceptError(f"{where}: an alias is empty; remove it")
+    return aliases
 
 
 def _check(concept: Concept, where: str) -> None:
     if not _clean(concept.name):
         raise ConceptError(f"{where}: the concept's name is empty")
+    for name in (*concept.names, concept.target or ""):
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise ConceptError(f"{where}: {name!r} is not text: half of a surrogate pair; give it as UTF-8")
     if concept.strength is not None and not 0 <= concept.strength < 1:
         raise ConceptError(f"{where}: strength {concept.strength:g} of {concept.name!r} is not in [0, 1)")
     if concept.kind is not None and concept.kind not in KINDS:
@@ -98,16 +118,25 @@ def _check(concept: Concept, where: str) -> None:
         raise ConceptError(f"{where}: an alias of {concept.name!r} is listed twice, or equals the name")
 
 
-def _with_target(concept: Concept, kind: str, target: str | None) -> Concept:
-    """The concept with its target filled in; a default that contains a name gives way to the fallback."""
+def _with_target(concept: Concept, kind: str, target: str | None, where: str) -> Concept:
+    """The concept with its target filled in; a default that contains a name gives way to the fallbacks."""
     kind = concept.kind or kind
-    choices = (target, DEFAULT_TARGETS[kind], FALLBACK_TARGET, "picture")
-    if concept.target is None:
-        default = next(
-            t for t in choices if t is not None and (t == target or not any(_contains(t, n) for n in concept.names))
-        )
-        concept = replace(concept, target=default)
-    return replace(concept, kind=kind)
+    if concept.target is not None:
+        return replace(concept, kind=kind)
+    if target is not None:
+        return replace(concept, kind=kind, target=_clean(target))
+    for default in (DEFAULT_TARGETS[kind], FALLBACK_TARGET, "picture"):
+        if not any(_contains(default, name) for name in concept.names):
+            return replace(concept, kind=kind, target=default)
+    raise ConceptError(f"{where}: {concept.name!r} and its aliases take up every default target; name a target")
+
+
+def _check_unique(names: Iterable[str], where: str, at: str, seen: dict[str, str]) -> None:
+    """Raise for a name that `seen` (key -> the row it was given in) holds already; add it otherwise."""
+    for name in names:
+        if _key(name) in seen:
+            raise ConceptError(f"{where}, {at}: {name!r} was already given in {seen[_key(name)]}; remove one of them")
+        seen[_key(name)] = at
 
 
 def resolve_concepts(
@@ -123,39 +152,49 @@ def resolve_concepts(
     `items` are names, mappings or `Concept`s. Raises `ConceptError`, naming the row, for an empty list or name, a
     duplicate (also across aliases), a target that contains its concept, or a concept that is also preserved.
     """
-    rows = [items] if isinstance(items, (str, Concept)) else list(items)
+    rows = [items] if isinstance(items, (str, Concept, Mapping)) else list(items)
     if not rows:
         raise ConceptError(f"{where}: no concept given; name at least one")
-    kept = {_key(text): text for text in preserve}
+    kept = {_key(text) for text in preserve}
     seen: dict[str, str] = {}
     result = []
     for number, row in enumerate(rows, 1):
         at = f"{where}, row {number}"
-        concept = _with_target(_concept(row, at), kind, target)
+        concept = _concept(row, at)
         _check(concept, at)
+        concept = _with_target(concept, kind, target, at)
+        _check(concept, at)
+        _check_unique(concept.names, where, f"row {number}", seen)
         for name in concept.names:
-            if _key(name) in seen:
-                raise ConceptError(f"{at}: {name!r} was already given in {seen[_key(name)]}; remove one of them")
             if _key(name) in kept:
                 raise ConceptError(
                     f"{at}: {name!r} is to be erased and is also in the preserve list; remove one of them"
                 )
-            seen[_key(name)] = f"row {number}"
         result.append(concept)
     return tuple(result)
+
+
+def _csv_rows(text: str, path: Path) -> list[Any]:
+    # DictReader skips blank lines, and counts from the line after the header
+    reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
+    columns = [name.strip() for name in reader.fieldnames or ()]
+    if "concept" not in columns:
+        raise ConceptError(f"{path}: the header has no column 'concept'; write concept,target,aliases,strength,kind")
+    reader.fieldnames = ["name" if name == "concept" else name for name in columns]
+    rows: list[Any] = list(reader)
+    for number, row in enumerate(rows, 1):
+        if None in row:
+            raise ConceptError(
+                f"{path}, row {number}: more fields than the header has columns; put a name with a comma in quotes"
+            )
+    return rows
 
 
 def _rows(path: Path) -> list[Any]:
     text = path.read_text(encoding="utf-8-sig")
     suffix = path.suffix.lower()
     if suffix == ".csv":
-        # DictReader skips blank lines, and counts from the line after the header
-        reader = csv.DictReader(text.splitlines())
-        if not reader.fieldnames or "concept" not in reader.fieldnames:
-            raise ConceptError(
-                f"{path}: the header has no column 'concept'; write concept,target,aliases,strength,kind"
-            )
-        return [{"name" if k == "concept" else k: v for k, v in row.items() if k is not None} for row in reader]
+        return _csv_rows(text, path)
     if suffix in (".yaml", ".yml"):
         import yaml
 
@@ -173,24 +212,20 @@ def _rows(path: Path) -> list[Any]:
     return [{"name" if k == "concept" else k: v for k, v in r.items()} if isinstance(r, dict) else r for r in data]
 
 
-def load_concepts(path: str | Path) -> list[Concept]:
-    """Concepts from a `.csv`, `.yaml`, `.json` or `.txt` file (one name a line, `#` starts a comment).
-
-    Columns or keys: concept, target, aliases (a list, or separated by `;`), strength, kind. Raises `ConceptError`.
-    """
-    path = Path(path)
+def _load(path: Path) -> list[Concept]:
+    """The rows of a file as concepts, each checked by itself."""
     try:
         rows = _rows(path)
     except FileNotFoundError:
         raise ConceptError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConceptError(f"{path}: cannot be read as UTF-8 text: {error}") from error
-    except ValueError as error:
-        raise ConceptError(f"{path}: not valid JSON: {error}") from error
+    except (ValueError, RecursionError, csv.Error) as error:
+        raise ConceptError(f"{path}: not valid {path.suffix[1:].upper()}: {error}") from error
     except Exception as error:
         if type(error).__module__.split(".")[0] != "yaml":
             raise
-        raise ConceptError(f"{path}: not valid YAML: {error}") from error
+        raise ConceptError(f"{path}: not valid YAML: {_clean(str(error))}") from error
     if not rows:
         raise ConceptError(f"{path}: the file lists no concept")
     concepts = [_concept(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
@@ -199,6 +234,19 @@ def load_concepts(path: str | Path) -> list[Concept]:
     return concepts
 
 
+def load_concepts(path: str | Path) -> list[Concept]:
+    """Concepts from a `.csv`, `.yaml`, `.json` or `.txt` file (one name a line, `#` starts a comment).
+
+    Columns or keys: concept, target, aliases (a list, or separated by `;`), strength, kind. Raises `ConceptError`,
+    naming the row, also for a name that is listed twice.
+    """
+    concepts = _load(Path(path))
+    seen: dict[str, str] = {}
+    for number, concept in enumerate(concepts, 1):
+        _check_unique(concept.names, str(path), f"row {number}", seen)
+    return concepts
+
+
 def load_prompts(path: str | Path) -> list[str]:
     """Names or prompts of a preserve or prior file, one a line (or any format of `load_concepts`)."""
-    return [concept.name for concept in load_concepts(path)]
+    return [concept.name for concept in _load(Path(path))]

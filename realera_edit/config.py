@@ -24,12 +24,12 @@ class EditConfig:
     """
 
     strength: float = _option(
-        0.9, "Share of each concept to remove, 0 to 1 (wanted residual = 1 - strength).", 0.0, 0.9999
+        0.8, "Share of each concept to remove, 0 to 1 (wanted residual = 1 - strength).", 0.0, 0.9999
     )
     kind: str = _option("general", "Contexts and default target to use.", choices=KINDS)
     contexts: tuple[str, ...] = _option((), "Own prompt templates, each with one {} for the concept.")
     padding: int = _option(2, "Padding positions after the end token that are erased too.", 0, 76)
-    words: int = _option(8, "Most vocabulary words erased with each name (0: none).", 0, 1000)
+    words: int = _option(0, "Most vocabulary words erased with each name (0: none).", 0, 1000)
     word_similarity: float = _option(
         0.6, "Least centred cosine between a concept and a vocabulary word erased with it.", -1.0, 1.0
     )
@@ -45,10 +45,10 @@ class EditConfig:
     perturbation_weight: float = _option(
         0.25, "Weight of a concept's random neighbours beside its own states.", 0.0, 1e6
     )
-    beyond: int = _option(0, "Vocabulary words just outside each neighbourhood held with extra weight.", 0, 1000)
-    prior_words: int = _option(1000, "Frequent vocabulary words whose mapping is kept (0: none).", 0, 100_000)
-    preserve_weight: float = _option(10.0, "Weight of a preserved concept, in vocabulary words.", 0.0, 1e9)
-    ridge: float = _option(1e-3, "Weight of |W'-W|^2, in mean eigenvalues of the kept statistics.", 1e-12, 1e6)
+    beyond: int = _option(8, "Vocabulary words just outside each neighbourhood held with extra weight.", 0, 1000)
+    prior_words: int = _option(2000, "Frequent vocabulary words whose mapping is kept (0: none).", 0, 100_000)
+    preserve_weight: float = _option(100.0, "Weight of a preserved concept, in vocabulary words.", 0.0, 1e9)
+    ridge: float = _option(0.03, "Weight of |W'-W|^2, in mean eigenvalues of the kept statistics.", 1e-12, 1e6)
     edit: str = _option("kv", "Which projections to edit: keys, values or both.", choices=("kv", "k", "v"))
     pooled: bool = _option(True, "Also edit the pooled text path (SDXL's add_embedding).")
     seed: int = _option(0, "Seed of the random neighbours.", 0, 2**63 - 1)

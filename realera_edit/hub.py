@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
+from .checkpoint import read_json
 from .errors import CheckpointError
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
@@ -12,16 +14,29 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _PATTERNS = ["model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"]
 
 
+def _complete(folder: Path) -> bool:
+    """Whether a cached snapshot holds every component; a download that was broken off leaves some out."""
+    try:
+        index = read_json(folder / "model_index.json")
+    except CheckpointError:
+        return False
+    names = [name for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2 and entry[1]]
+    weights = [name for name in names if name.startswith(("unet", "text_encoder", "vae"))]
+    return all((folder / name).is_dir() for name in names) and all(
+        any((folder / name).glob("*.safetensors")) for name in weights
+    )
+
+
 def resolve(model: str | Path, revision: str | None = None) -> Path:
     """The local folder of `model`: a path that exists, else a hub id. Raises `CheckpointError`."""
-    path = Path(model).expanduser()
-    if path.exists() or not _HUB_ID.match(str(model)):
+    path = Path(os.path.expanduser(model))
+    if os.path.exists(path) or not _HUB_ID.match(str(model)):  # unlike Path.exists, never raises
         return path
     from huggingface_hub import snapshot_download
 
     try:
         folder = Path(snapshot_download(str(model), revision=revision, allow_patterns=_PATTERNS, local_files_only=True))
-        if (folder / "model_index.json").is_file() and any(folder.glob("unet/*.safetensors")):
+        if _complete(folder):
             return folder
     except OSError:  # not in the cache; LocalEntryNotFoundError is one
         pass

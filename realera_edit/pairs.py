@@ -108,7 +108,7 @@ def _pairs(x: Tensor, y: Tensor, group: Tensor) -> Pairs:
 
 def _check_moved(pairs: Pairs, groups: Sequence[Group], concepts: Sequence[Concept]) -> None:
     gap = torch.zeros(len(groups), device=pairs.x.device)
-    gap.index_reduce_(0, pairs.group, (pairs.y - pairs.x).norm(dim=1) / pairs.x.norm(dim=1), "amax")
+    gap.index_add_(0, pairs.group, (pairs.y - pairs.x).norm(dim=1) / pairs.x.norm(dim=1))
     for number in (gap < 1e-4).nonzero().flatten().tolist():
         group = groups[number]
         raise ConceptError(

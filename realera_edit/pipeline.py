@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .checkpoint import ENCODER_CLASSES, encoder_widths
 from .embeddings import PromptEncoder
-from .errors import CheckpointError, RealEraWarning, SolveError
+from .errors import CheckpointError, ProjectionError, RealEraWarning, SolveError
 from .projections import Projection, text_projections
 from .writer import digest
 
@@ -36,9 +36,15 @@ class LoadedPipeline:
         self._parameters: dict[tuple[str, str], nn.Parameter] = {}
         self._found: dict[str, tuple[Projection, ...]] = {}
         for name, module in components.items():
-            config = dict(getattr(module, "config", None) or {})
-            if not isinstance(module, nn.Module) or "cross_attention_dim" not in config:
+            config = getattr(module, "config", None)
+            if not isinstance(module, nn.Module) or not isinstance(config, Mapping):
+                continue  # a text encoder's configuration is no mapping
+            if "cross_attention_dim" not in config:
                 continue
+            if any("Fused" in type(p).__name__ for p in getattr(module, "attn_processors", {}).values()):
+                raise ProjectionError(
+                    f"{self.where}'s {name}: its attention projections are fused; call unfuse_qkv_projections() first"
+                )
             parameters = dict(module.named_parameters())
             shapes = {key: tuple(value.shape) for key, value in parameters.items()}
             self._found[name] = text_projections(shapes, config, *widths, f"{self.where}'s {name}")

@@ -34,9 +34,10 @@ def text_projections(
 
     `shapes`: weight name -> shape. `width`: of the text states. A projection belongs to the text when it maps
     `width` inputs while its block's query maps another width; where the two widths are equal, the block's role
-    decides: `attn2` reads the text (`attn1` too under `only_cross_attention`), motion modules never do.
-    Raises `ProjectionError` when there is none, or when they have been fused.
+    decides: `attn2` reads the text (`attn1` too where `only_cross_attention` says so), motion modules never do.
+    Raises `ProjectionError` when there is none, when they have been fused, or when shapes contradict one another.
     """
+    _check_blocks(shapes, where)
     found = []
     for name, shape in shapes.items():
         stem, leaf = _split(name)
@@ -49,8 +50,12 @@ def text_projections(
         raise ProjectionError(_none_found(shapes, config, width, where))
     if pooled_width is not None and config.get("addition_embed_type") == "text_time":
         pooled = shapes.get(POOLED, ())
-        if len(pooled) != 2 or pooled[1] < pooled_width:
-            raise ProjectionError(f"{where}: the pooled text path {POOLED} is missing or narrower than {pooled_width}")
+        said = config.get("projection_class_embeddings_input_dim")
+        if len(pooled) != 2 or pooled[1] < pooled_width or pooled[1] != (said or pooled[1]):
+            raise ProjectionError(
+                f"{where}: the pooled text path {POOLED} is {list(pooled) or 'missing'}; "
+                f"expected {said or 'some'} inputs, of which {pooled_width} are the text's. Take a sound copy"
+            )
         found.append(Projection(POOLED, "pooled", pooled_width))
     return tuple(found)
 
@@ -64,6 +69,20 @@ def _split(name: str) -> tuple[str, str]:
     return stem, leaf
 
 
+def _check_blocks(shapes: Mapping[str, Sequence[int]], where: str) -> None:
+    """Key and value of a block have one shape, and as many outputs as its query; a damaged header breaks this."""
+    blocks: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        stem, leaf = _split(name)
+        if leaf in ("to_q", "to_k", "to_v"):
+            blocks.setdefault(stem, {})[leaf] = tuple(shape)
+    for stem, block in blocks.items():
+        key, value = block.get("to_k"), block.get("to_v")
+        if key != value or ("to_q" in block and block["to_q"][:1] != (key or ())[:1]):
+            found = ", ".join(f"{leaf} {list(shape)}" for leaf, shape in sorted(block.items()))
+            raise ProjectionError(f"{where}: the weights of {stem} do not fit together ({found}); take a sound copy")
+
+
 def _reads_text(
     stem: str, leaf: str, shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], width: int
 ) -> bool:
@@ -75,10 +94,18 @@ def _reads_text(
     if any(part in stem for part in _TEMPORAL):
         return False
     block = stem.rpartition(".")[2]
-    only_cross = config.get("only_cross_attention")
-    if block == "attn1":
-        return only_cross is True or (isinstance(only_cross, (list, tuple)) and all(only_cross))
-    return block == "attn2"
+    return block == "attn2" or (block == "attn1" and _only_cross(stem, config.get("only_cross_attention")))
+
+
+def _only_cross(stem: str, flags: Any) -> bool:
+    """Whether `only_cross_attention` (one flag, or one for each down block) holds for the block that `stem` is in."""
+    place, number = (stem.split(".") + [""])[:2]
+    if place not in ("down_blocks", "up_blocks") or not number.isdecimal():
+        return False  # the middle block always attends to itself first
+    if isinstance(flags, (list, tuple)):
+        ordered = flags if place == "down_blocks" else flags[::-1]
+        return int(number) < len(ordered) and ordered[int(number)] is True
+    return flags is True
 
 
 def _none_found(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], width: int, where: str) -> str:

@@ -12,18 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .checkpoint import read_json
+from .checkpoint import UNDO_FILE, read_json
 from .compute import space_report
 from .errors import CheckpointError
-from .tensorfile import open_tensors, rewrite, write_tensors
+from .report import render
+from .tensorfile import TensorFile, open_tensors, rewrite, write_tensors
 from .writer import copy_rest, digest, staged
 
 if TYPE_CHECKING:
     from .edit import EditResult
 
 RECORD = "realera_edit.json"
-UNDO = "realera_edit_undo.safetensors"
+UNDO = UNDO_FILE
 METADATA_KEY = "realera_edit"
+_SIDES = ("before", "after")
 
 
 def versions() -> dict[str, str]:
@@ -49,6 +51,9 @@ def record(result: EditResult) -> dict[str, Any]:
                 **asdict(concept),
                 "aliases": list(concept.aliases),
                 "residual": {g.name: _round(r) for g, r in mine if g.role != "word"},
+                "near": {
+                    word: _round(value) for hood in edit.neighbourhoods[index][:1] for word, value in hood.outside
+                },
                 "words": {g.name: _round(words.get(g.name, math.nan)) for g, _ in mine if g.role == "word"},
             }
         )
@@ -103,49 +108,50 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
         if not (path / RECORD).is_file():
             raise CheckpointError(f"{path}: no {RECORD}; this folder was not written by realera-edit")
         data = read_json(path / RECORD)
+        _check_record(path / RECORD, data)
         data["undo"] = (path / UNDO).is_file()
         return data
     text = open_tensors(path).metadata.get(METADATA_KEY)
     if text is None:
         raise CheckpointError(f"{path}: its header has no record of an edit")
     try:
-        return dict(json.loads(text))
-    except ValueError as error:
+        recipe = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: the record in its header is damaged: {error}") from error
+    if not isinstance(recipe, dict):
+        raise CheckpointError(f"{path}: the record in its header is damaged: not a mapping")
+    return recipe
+
+
+def _check_record(path: Path, data: Mapping[str, Any]) -> None:
+    try:
+        render(data)
+        hashes = [pair[side] for file in data["tensors"].values() for pair in file.values() for side in _SIDES]
+        sound = all(isinstance(value, str) for value in hashes)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{path}: is damaged ({type(error).__name__}: {error}); take a sound copy") from error
+    if not sound:
+        raise CheckpointError(f"{path}: is damaged: its hashes are not text; take a sound copy")
 
 
 def undo_folder(path: str | Path, out: str | Path, *, force: bool = False, progress: bool = False) -> Path:
     """Write the folder `out` as `path` with the original weights, to the bit; `path` stays as it is.
 
-    Raises `CheckpointError` where the undo file is missing, or a weight is not the one that the edit wrote.
+    Raises `CheckpointError` where the undo file is missing or damaged, or a weight is not the one that the edit wrote.
     """
     root, out = Path(path), Path(out)
-    tensors = inspect_path(root).get("tensors", {})
-    if out.absolute().resolve() == root.resolve():
-        raise CheckpointError(f"{out}: is the input; choose another output")
+    tensors: dict[str, dict[str, dict[str, str]]] = inspect_path(root)["tensors"]
     if not (root / UNDO).is_file():
         raise CheckpointError(f"{root}: no {UNDO}: it was saved without one, or the file was deleted before publishing")
     stored = open_tensors(root / UNDO)
-    originals: dict[str, list[str]] = {}
-    for key in stored.entries:
-        relative, _, name = key.partition("::")
-        inside = relative in tensors and not Path(relative).is_absolute() and ".." not in Path(relative).parts
-        if not inside or name not in tensors[relative]:
-            raise CheckpointError(f"{root / UNDO}: {key} is not among the tensors that {RECORD} names as edited")
-        originals.setdefault(relative, []).append(name)
+    originals = _originals(stored, tensors, root)
     files = {relative: open_tensors(root / relative) for relative in originals}
     for relative, names in originals.items():
         for name in names:
-            if (
-                name not in files[relative].entries
-                or digest(files[relative].read(name)) != tensors[relative][name]["after"]
-            ):
-                raise CheckpointError(
-                    f"{root / relative}: {name} is not as the edit left it; undo would mix two models"
-                )
+            _check_hashes(files[relative], stored, relative, name, tensors[relative][name])
     skip = {file.path for file in files.values()} | {root / UNDO, root / RECORD}
     needed = sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
-    with staged(out, force=force, needed=needed) as folder:
+    with staged(out, force=force, needed=needed, source=root) as folder:
         copy_rest(root, folder, skip, False, progress)
         for relative, file in files.items():
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
@@ -154,3 +160,28 @@ def undo_folder(path: str | Path, out: str | Path, *, force: bool = False, progr
                 file, folder / relative, {METADATA_KEY: json.dumps({"undone": True, "version": __version__})}, restored
             )
     return out
+
+
+def _originals(stored: TensorFile, tensors: Mapping[str, Mapping[str, Any]], root: Path) -> dict[str, list[str]]:
+    """File -> the tensors to restore in it: those of the undo file, which must be those of the record."""
+    originals: dict[str, list[str]] = {relative: [] for relative in tensors}
+    for relative in tensors:
+        if Path(relative).is_absolute() or ".." in Path(relative).parts:
+            raise CheckpointError(f"{root / RECORD}: names {relative!r}, which is outside of its folder; not restored")
+    for key in stored.entries:
+        relative, _, name = key.partition("::")
+        if name not in tensors.get(relative, {}):
+            raise CheckpointError(f"{root / UNDO}: {key} is not among the tensors that {RECORD} names as edited")
+        originals[relative].append(name)
+    for relative, names in tensors.items():
+        for name in names:
+            if name not in originals[relative]:
+                raise CheckpointError(f"{root / UNDO}: holds no original of {name} in {relative}; take a sound copy")
+    return originals
+
+
+def _check_hashes(file: TensorFile, stored: TensorFile, relative: str, name: str, hashes: Mapping[str, str]) -> None:
+    if name not in file.entries or digest(file.read(name)) != hashes["after"]:
+        raise CheckpointError(f"{file.path}: {name} is not as the edit left it; undo would mix two models")
+    if digest(stored.read(f"{relative}::{name}")) != hashes["before"]:
+        raise CheckpointError(f"{stored.path}: the original of {name} is damaged; take a sound copy")

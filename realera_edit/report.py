@@ -29,6 +29,8 @@ def render(data: Mapping[str, Any]) -> str:
         lines.append(f"erased     {concept['name']} -> {concept['target']}   (left: {left})")
         if concept["words"]:
             lines.append(f"           with it: {', '.join(concept['words'])}")
+        if concept["near"]:
+            lines.append(f"           near, kept: {', '.join(concept['near'])}")
     if len(data["concepts"]) > _SHOWN:
         worst = max(max(concept["residual"].values()) for concept in data["concepts"])
         lines.append(f"           ... {len(data['concepts'])} concepts in all, at most {worst:.2f} left of any")

@@ -20,6 +20,8 @@ from .statistics import Keep, Moments, Pairs, constraint_basis, project_out, pro
 
 # Beyond this condition number float64 leaves fewer than four correct digits.
 MAX_CONDITION = 1e12
+# Greatest product of a group's weight and its leverage.
+MAX_PULL = 1e6
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,9 @@ def group_weights(pairs: Pairs, projected: Tensor, lower: Tensor, residual: Tens
     share = (vectors.transpose(1, 2) @ gaps).square().sum(2)
     share = share / share.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     leverage = values.amax(1)
-    low = torch.full_like(leverage, -30.0)
-    high = torch.full_like(leverage, 30.0)
+    # a l = 1e6 is beyond any strength that one row can ask for; more would only ruin the conditioning
+    high = (MAX_PULL / leverage.clamp_min(torch.finfo(torch.float64).tiny)).clamp_max(MAX_PULL**2).log()
+    low = high - 40
     for _ in range(60):
         middle = (low + high) / 2
         rho = (share / (1 + middle.exp()[:, None] * values).square()).sum(1).sqrt()
@@ -194,7 +197,7 @@ def solve(
     gap = (pairs.y - pairs.x).to(torch.float64) * row_weight[:, None]
     if few and keep_rows is not None:
         right, condition = _woodbury(pairs, keep_rows, projected, row_weight, lam)
-        return Solution(Factor(gap.T, right), group_weight, leverage, condition, jitter, lam)
+        return Solution(Factor(gap.T, project_out(right, basis)), group_weight, leverage, condition, jitter, lam)
     total = kept + second_moment(projected, row_weight)
     extra: Moments | None = clouds(group_weight) if callable(clouds) else None
     if extra is not None:
@@ -208,13 +211,14 @@ def solve(
             RealEraWarning,
             stacklevel=2,
         )
+    # the rows on the right are in the complement of C already; projecting again removes what the solve's rounding left
     if extra is None and 2 * len(projected) < d:
-        factor = Factor(gap.T, torch.cholesky_solve(projected.T, lower).T)
+        factor = Factor(gap.T, project_out(torch.cholesky_solve(projected.T, lower).T, basis))
     else:
         cross = gap.T @ projected
         if extra is not None:
             cross += extra.k - (extra.k @ basis.T) @ basis
-        factor = Factor(torch.cholesky_solve(cross.T, lower).T.contiguous(), None)
+        factor = Factor(project_out(torch.cholesky_solve(cross.T, lower).T, basis), None)
     if not bool(torch.isfinite(factor.left).all()):
         raise SolveError("the solution contains NaN or inf; raise ridge or lower strength")
     return Solution(factor, group_weight, leverage, condition, max(jitter, more), lam)

@@ -58,6 +58,8 @@ class TensorFile:
                 "Use the unquantised checkpoint"
             )
         data = self.read_bytes(name)
+        if not data:
+            return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
         tensor = torch.frombuffer(data, dtype=DTYPES[entry.dtype]).reshape(entry.shape)
         if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(
@@ -90,7 +92,8 @@ def open_tensors(path: Path) -> TensorFile:
                 raise CheckpointError(
                     f"{path}: not a whole safetensors file (header of {length} bytes, file of {size})"
                 )
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length).decode("utf-8"))
+            json.dumps(header, ensure_ascii=False).encode("utf-8")  # names with half a surrogate pair fail here
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except OSError as error:
@@ -142,7 +145,13 @@ def to_bytes(tensor: Tensor) -> memoryview:
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy the content of a file, inside the kernel (and by reference where the file system can)."""
-    with open(source, "rb") as src, open(target, "xb") as dst:
+    if not source.is_file():
+        raise CheckpointError(f"{source}: not a regular file, or a broken link; remove or mend it")
+    try:
+        src = open(source, "rb")  # noqa: SIM115  # closed below; an error in reading is not one in writing
+    except OSError as error:
+        raise CheckpointError(f"{source}: cannot be read: {error.strerror}") from error
+    with src, open(target, "xb") as dst:
         _copy_range(src.fileno(), dst.fileno(), os.fstat(src.fileno()).st_size)
         dst.flush()
 

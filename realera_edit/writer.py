@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -32,38 +33,50 @@ def digest(tensor: Tensor) -> str:
 
 
 @contextlib.contextmanager
-def staged(out: Path, *, force: bool, needed: int) -> Iterator[Path]:
+def staged(out: Path, *, force: bool, needed: int, source: Path | None = None) -> Iterator[Path]:
     """A temporary folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
 
-    `needed`: bytes that will be written, checked against the free space first. A folder that a killed run left
-    behind is removed: its lock is free. Raises `CheckpointError` where `out` exists (without `force`), cannot be
-    written, or appears meanwhile.
+    `needed`: bytes that will be written, checked against the free space first. `source`: the folder that is read,
+    which `out` may neither be, hold, nor lie in. A folder that a killed run left behind is removed: its lock is
+    free. Raises `CheckpointError` where `out` exists (without `force`), cannot be written, or appears meanwhile.
     """
     parent = out.absolute().parent
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise CheckpointError(f"{out}: exists and is not a folder; choose another output")
-    if out.exists() and not force:
-        raise CheckpointError(f"{out}: already exists; choose another output, or replace it with --force")
     prefix = f".{out.name}.realera-"
     temporary = None
     try:
+        _check_place(out, parent, force, source)
         parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(parent, prefix, out)
         free = shutil.disk_usage(parent).free
         if needed > free:
             raise CheckpointError(f"{parent}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB free; make room")
-        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-        with _locked(temporary):
+        with _own_folder(parent, prefix) as temporary:
             yield temporary
             _sync(temporary)
             _publish(temporary, out, force)
-            temporary = None
         _sync_folder(parent)
+        _remove_stale(parent, prefix, out)  # OUT is whole: what a killed run had put aside is of no more use
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be written: {_explain(error)}") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_place(out: Path, parent: Path, force: bool, source: Path | None) -> None:
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise CheckpointError(f"{out}: exists and is not a folder; choose another output")
+    if source is not None:
+        here, there = out.absolute().resolve(), source.resolve()
+        if here == there or there in here.parents:
+            raise CheckpointError(f"{out}: is or lies in the input, which is never changed; choose another output")
+        if here in there.parents and out.exists():
+            raise CheckpointError(f"{out}: holds the input {source}, and cannot be replaced; choose another output")
+    if out.exists() and not force:
+        raise CheckpointError(f"{out}: already exists; choose another output, or replace it with --force")
+    for folder in (parent, *parent.parents):
+        if folder.exists() and not folder.is_dir():
+            raise CheckpointError(f"{out}: {folder} is a file, not a folder; choose another output")
 
 
 def _explain(error: OSError) -> str:
@@ -103,22 +116,44 @@ def _umask() -> int:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _own_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A new temporary folder, locked for as long as the block runs, so that no other run takes it for a stale one."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     if sys.platform == "win32":
-        yield
+        yield folder
         return
-    handle = os.open(folder, os.O_RDONLY)
+    while (handle := _lock(folder)) is None:  # a run that started just now found it before it was locked
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        yield folder
     finally:
         os.close(handle)
+
+
+def _lock(folder: Path) -> int | None:
+    """The handle that holds the lock of `folder`, or None where another process has removed it meanwhile."""
+    if sys.platform == "win32":
+        return None
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    with contextlib.suppress(OSError):  # not every network file system has locks; nobody then removes anything
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    if folder.exists():
+        return handle
+    os.close(handle)
+    return None
 
 
 def _remove_stale(parent: Path, prefix: str, out: Path) -> None:
     if sys.platform == "win32":
         return
-    for folder in parent.glob(f"{prefix}*"):
+    # one random name by `mkdtemp`, or two for a folder that stepped aside: never another OUT's, whatever its name
+    ours = re.compile(re.escape(prefix) + "([a-z0-9_]{8}){1,2}")
+    for folder in parent.iterdir():
+        if not ours.fullmatch(folder.name):
+            continue
         try:
             handle = os.open(folder, os.O_RDONLY)
         except OSError:
