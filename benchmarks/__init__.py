@@ -1,0 +1,1 @@
+"""Benchmarks: how well concepts are erased, and how fast."""

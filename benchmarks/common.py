@@ -1,0 +1,91 @@
+"""What the speed benchmarks share: clocks that wait for the device, peak memory, and the record of where they ran.
+
+Imports neither torch nor numpy at the top, so that a process that measures others stays small.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+PACKAGES = ("torch", "transformers", "diffusers", "tokenizers", "safetensors", "numpy", "realera-edit")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the figures."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def processor() -> str:
+    """The processor's model name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores that this process may use, and the load when the run began."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"processor": processor(), "cores": usable, "load": round(os.getloadavg()[0], 2)}
+
+
+def synchronise(device: str) -> None:
+    """Wait until the device has done what it was given."""
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
+def timed(call: Callable[[], T], device: str = "cpu") -> tuple[float, T]:
+    """(seconds, result) of a call, the device's work included."""
+    synchronise(device)
+    start = time.perf_counter()
+    result = call()
+    synchronise(device)
+    return time.perf_counter() - start, result
+
+
+def peak_memory(device: str = "cpu") -> dict[str, int]:
+    """Bytes: the largest resident size of this process so far, and the most that torch held on a GPU."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    found = {"peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if device.startswith("cuda"):
+        import torch
+
+        found["peak_device_bytes"] = torch.cuda.max_memory_allocated(device)
+    return found
+
+
+def median(values: list[float]) -> float:
+    """The median of measured seconds or ratios."""
+    return statistics.median(values)
+
+
+def show(record: Mapping[str, Any], as_json: bool) -> None:
+    """Print a record: one JSON object on one line, or a line for each entry."""
+    if as_json:
+        print(json.dumps(record), flush=True)
+        return
+    width = max(map(len, record)) + 2
+    for name, value in record.items():
+        text = f"{value:.4g}" if isinstance(value, float) else json.dumps(value) if isinstance(value, dict) else value
+        print(f"{name:<{width}}{text}", flush=True)

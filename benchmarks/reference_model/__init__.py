@@ -1,0 +1,1 @@
+"""Pictures, splits and judges for the reference checkpoint, a small Stable Diffusion trained on emoji."""

@@ -1,0 +1,289 @@
+"""Judges: small classifiers that say which concept, in which drawing style, a 32 x 32 picture shows.
+
+Two are trained apart: "development" may be used while methods are tuned, "report" only for published figures.
+
+    python -m benchmarks.reference_model.judge train --model CHECKPOINT --which development
+    python -m benchmarks.reference_model.judge calibrate --model CHECKPOINT --which development
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.reference_model.pictures import DEFAULT_CACHE, load, read_concepts, write_atomically
+from benchmarks.reference_model.splits import Split
+
+Row = tuple[str, int, float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How one judge is built and trained; `strength` scales every augmentation."""
+
+    seed: int
+    width: int
+    strength: float
+    steps: int = 2000
+    batch: int = 96
+    rate: float = 2e-3
+
+
+RECIPES: dict[Split, Recipe] = {
+    "development": Recipe(seed=11, width=24, strength=1.0),
+    "report": Recipe(seed=23, width=32, strength=0.7, steps=1500),
+}
+
+
+class Network(nn.Module):
+    """Four stages of two 3 x 3 convolutions; concept from the last stage, style from pooled features of all.
+
+    `width` is the number of channels in the first stage; each later stage doubles it and halves the picture.
+    """
+
+    def __init__(self, width: int, concepts: int, styles: int) -> None:
+        """Build it untrained, for so many concepts and styles."""
+        super().__init__()
+        sizes = [3, width, 2 * width, 4 * width, 8 * width]
+        self.stages = nn.ModuleList(
+            nn.Sequential(*self._layer(a, b), *self._layer(b, b)) for a, b in itertools.pairwise(sizes)
+        )
+        self.concept = nn.Linear(sizes[-1], concepts)
+        self.style = nn.Sequential(nn.Linear(2 * sum(sizes[1:]), 128), nn.ReLU(), nn.Linear(128, styles))
+
+    @staticmethod
+    def _layer(inputs: int, outputs: int) -> list[nn.Module]:
+        convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        return [convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures [n, 3, 32, 32] in [-1, 1] to logits [n, concepts] and [n, styles]."""
+        pooled = []
+        for index, stage in enumerate(self.stages):
+            x = stage(F.max_pool2d(x, 2) if index else x)
+            pooled += [x.mean((2, 3)), x.amax((2, 3))]
+        return self.concept(pooled[-2] + pooled[-1]), self.style(torch.cat(pooled, 1))
+
+
+def to_input(images: Tensor) -> Tensor:
+    """uint8 [n, H, W, 3] to float [n, 3, H, W] in [-1, 1], channels last in memory."""
+    return images.permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """The inverse of `to_input`, rounded and clipped."""
+    return x.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+class Judge:
+    """A trained network with the names of its classes."""
+
+    def __init__(self, network: Network, labels: Sequence[str], styles: Sequence[str]) -> None:
+        """Class i of each head is `labels[i]` or `styles[i]`."""
+        self.network, self.labels, self.styles = network.eval(), tuple(labels), tuple(styles)
+        self.index = {label: i for i, label in enumerate(self.labels)}
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor | np.ndarray, batch: int = 256) -> tuple[Tensor, Tensor]:
+        """Top-1 concept and style index, each int64 [n], of uint8 pictures [n, 32, 32, 3]."""
+        parts = torch.as_tensor(images).split(batch)
+        answers = [[head.argmax(1) for head in self.network(to_input(part))] for part in parts]
+        empty = torch.zeros(0, dtype=torch.int64)
+        return torch.cat([empty, *(a[0] for a in answers)]), torch.cat([empty, *(a[1] for a in answers)])
+
+    @classmethod
+    def load(cls, which: Split, cache: Path = DEFAULT_CACHE) -> "Judge":
+        """Read a judge that `train` saved."""
+        path = cache / f"judge-{which}.safetensors"
+        if not path.exists():
+            command = f"python -m benchmarks.reference_model.judge train --which {which} --model CHECKPOINT"
+            raise FileNotFoundError(f"no {which} judge at {path}; train it with `{command}`")
+        with safe_open(path, "pt") as file:
+            meta = json.loads(file.metadata()["judge"])
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        network = Network(meta["recipe"]["width"], len(meta["labels"]), len(meta["styles"]))
+        network.load_state_dict(state)
+        return cls(network.to(memory_format=torch.channels_last), meta["labels"], meta["styles"])
+
+
+@torch.inference_mode()
+def reconstruct(vae: Any, images: Tensor, levels: Tensor, generator: torch.Generator, batch: int = 64) -> Tensor:
+    """Encode, add noise of std `levels` [n] to the scaled latent (its own std is about 1), decode: uint8."""
+    done = []
+    for part, level in zip(images.split(batch), levels.split(batch), strict=True):
+        latent = vae.encode(to_input(part)).latent_dist.mean * vae.config.scaling_factor
+        noise = torch.randn(latent.shape, generator=generator) * level[:, None, None, None]
+        done.append(to_uint8(vae.decode((latent + noise) / vae.config.scaling_factor).sample))
+    return torch.cat(done)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Real pictures uint8 [n, 32, 32, 3], reconstructions [k, n, 32, 32, 3], targets [n], class names."""
+
+    real: Tensor
+    decoded: Tensor
+    concept: Tensor
+    style: Tensor
+    labels: tuple[str, ...]
+    styles: tuple[str, ...]
+
+
+def load_data(model: Path, cache: Path, copies: int = 5, seed: int = 0) -> Data:
+    """Pictures of the checkpoint's concepts at half size, and `copies` reconstructions, noise 0 to 0.3."""
+    from diffusers import AutoencoderKL
+
+    found = load(cache)
+    rows = {concept.label: i for i, concept in enumerate(found.concepts)}
+    labels = tuple(concept.label for concept in read_concepts(model / "concepts.json"))
+    full = torch.from_numpy(found.pictures[[rows[label] for label in labels]]).flatten(0, 1)
+    real = to_uint8(F.avg_pool2d(to_input(full), 2))
+    weights = hashlib.sha256((model / "vae/diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+    path = cache / f"decoded-{weights[:12]}-{copies}-{seed}.pt"
+    if not path.exists():
+        vae = AutoencoderKL.from_pretrained(model, subfolder="vae", dtype=torch.float32)
+        vae = vae.eval().to(memory_format=torch.channels_last)
+        generator = torch.Generator().manual_seed(seed)
+        levels = torch.rand(copies, len(real), generator=generator) * 0.3
+        torch.save(torch.stack([reconstruct(vae, real, level, generator) for level in levels]), path)
+    concept, style = torch.arange(len(real)) // len(found.styles), torch.arange(len(real)) % len(found.styles)
+    return Data(real, torch.load(path, weights_only=True), concept, style, labels, found.styles)
+
+
+def augment(x: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Random turn, scale, shift, blur, contrast, brightness and noise of pictures [n, 3, H, W] in [-1, 1]."""
+
+    def uniform(*shape: int) -> Tensor:
+        return strength * (2 * torch.rand(len(x), *shape, generator=generator) - 1)
+
+    angle, scale, shift = uniform() * 0.2, 1 + uniform() * 0.15, uniform(2, 1) * 0.12
+    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
+    matrix = torch.cat([turn * scale[:, None, None], shift], 2)
+    grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
+    x = 1 + F.grid_sample(x - 1, grid, align_corners=False)  # what comes in from outside is white
+    blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    x = x + uniform(1, 1, 1).clamp_min(0) * (blurred - x)
+    x = x * (1 + 0.2 * uniform(3, 1, 1)) + 0.1 * uniform(3, 1, 1)
+    return x + 0.1 * uniform(1, 1, 1).abs() * torch.randn(x.shape, generator=generator)
+
+
+def batches(data: Data, recipe: Recipe, generator: torch.Generator) -> Iterator[tuple[Tensor, ...]]:
+    """Endless augmented batches: a third real, the rest reconstructed."""
+    while True:
+        for index in torch.randperm(len(data.real), generator=generator).split(recipe.batch):
+            copy = torch.randint(len(data.decoded), index.shape, generator=generator)
+            real = torch.rand(len(index), 1, 1, 1, generator=generator) < 1 / 3
+            picked = torch.where(real, data.real[index], data.decoded[copy, index])
+            x = augment(to_input(picked), recipe.strength, generator)
+            yield x, data.concept[index], data.style[index]
+
+
+def fit(data: Data, recipe: Recipe) -> Judge:
+    """Minimise concept plus style cross-entropy (labels smoothed by 0.1) with AdamW on a one-cycle rate."""
+    torch.manual_seed(recipe.seed)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    network = Network(recipe.width, len(data.labels), len(data.styles)).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(network.parameters(), recipe.rate, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.rate, recipe.steps, pct_start=0.2)
+    start = time.perf_counter()
+    for step, (x, concept, style) in zip(range(recipe.steps), batches(data, recipe, generator), strict=False):
+        concepts, styles = network(x)
+        loss = F.cross_entropy(concepts, concept, label_smoothing=0.1) + F.cross_entropy(styles, style)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 99:
+            elapsed = time.perf_counter() - start
+            print(f"{step + 1:5d} {elapsed:5.0f} s loss {loss.item():.3f}", flush=True)
+    return Judge(network, data.labels, data.styles)
+
+
+def train(which: Split, model: Path, cache: Path = DEFAULT_CACHE) -> Judge:
+    """Train one judge and save it in the cache with its recipe and class names."""
+    data = load_data(model, cache)
+    judge = fit(data, RECIPES[which])
+    meta = {"recipe": dataclasses.asdict(RECIPES[which]), "labels": judge.labels, "styles": judge.styles}
+    state = {name: value.contiguous() for name, value in judge.network.state_dict().items()}
+    write_atomically(cache / f"judge-{which}.safetensors", save(state, {"judge": json.dumps(meta)}))
+    return judge
+
+
+def _share(answer: Tensor, truth: Tensor) -> float:
+    return (answer == truth).float().mean().item()
+
+
+def _reconstructed_rows(judge: Judge, model: Path, data: Data) -> list[Row]:
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(model, subfolder="vae", dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(987)
+    sets = {"real": data.real}
+    for level in (0.0, 0.15, 0.3):
+        levels = torch.full((len(data.real),), level)
+        sets[f"reconstructed, noise {level}"] = reconstruct(vae, data.real, levels, generator)
+    answers = {name: judge(images) for name, images in sets.items()}
+    return [
+        (name, len(data.real), _share(concept, data.concept), _share(style, data.style))
+        for name, (concept, style) in answers.items()
+    ]
+
+
+def _generated_rows(judge: Judge, model: Path, sample: int, seeds: Sequence[int]) -> list[Row]:
+    from benchmarks.reference_model.sampler import generate, load_pipeline
+
+    pipe = load_pipeline(model)
+    chosen = range(0, len(judge.labels), max(1, math.ceil(len(judge.labels) / sample)))
+    styles = torch.arange(len(chosen)) % len(judge.styles)
+    plain = [f"an emoji of a {judge.labels[i]}" for i in chosen]
+    styled = [f"a {judge.styles[s]} emoji of a {judge.labels[i]}" for s, i in zip(styles, chosen, strict=True)]
+    concept, style = judge(generate(pipe, plain + styled, seeds).reshape(-1, 32, 32, 3))
+    truth = torch.tensor(chosen).repeat_interleave(len(seeds))
+    count = len(truth)
+    right = _share(style[count:], styles.repeat_interleave(len(seeds)))
+    return [
+        ("generated, plain", count, _share(concept[:count], truth), math.nan),
+        ("generated, with style", count, _share(concept[count:], truth), right),
+    ]
+
+
+def calibrate(which: Split, model: Path, cache: Path, sample: int, seeds: Sequence[int]) -> list[Row]:
+    """Rows (pictures, count, concept accuracy, style accuracy): real, reconstructed afresh, generated."""
+    judge = Judge.load(which, cache)
+    rows = _reconstructed_rows(judge, model, load_data(model, cache))
+    return rows + _generated_rows(judge, model, sample, seeds)
+
+
+def main() -> None:
+    """Train or calibrate a judge."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("action", choices=["train", "calibrate"])
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint folder with concepts.json")
+    parser.add_argument("--which", choices=list(RECIPES), default="development")
+    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
+    parser.add_argument("--sample", type=int, default=60, help="concepts to draw when calibrating")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.action == "train":
+        train(options.which, options.model, options.cache)
+        return
+    for row in calibrate(options.which, options.model, options.cache, options.sample, range(4)):
+        print("{:<28}{:>6} concept {:.3f} style {:.3f}".format(*row))
+
+
+if __name__ == "__main__":
+    main()
