@@ -1,0 +1,34 @@
+PYTHON ?= python3
+# The CPU build comes first: a bare torch would bring gigabytes of GPU libraries. `make TORCH=torch` for those.
+TORCH ?= torch==2.13.0
+MODEL ?= ../shared/models/emoji-sd
+OUT ?= out
+BIN := .venv/bin
+
+.PHONY: demo test lint slow clean
+
+.venv/.installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: .venv/.installed
+	$(BIN)/realera-edit erase $(MODEL) "cat face" --output $(OUT)/no-cat --force
+	$(BIN)/python -m benchmarks.grid --model $(MODEL) --erase "cat face" --out $(OUT)/demo.png
+	@echo "Look at $(OUT)/demo.png: each row is a prompt, left the original model, right the edited one, same seeds."
+	@echo "The cat rows change, the others stay the same pictures. The edited model is $(OUT)/no-cat."
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+slow: .venv/.installed
+	$(BIN)/python -m pytest -m slow
+
+clean:
+	rm -rf .venv out build *.egg-info
