@@ -12,8 +12,11 @@ from tqdm import tqdm
 
 from .contexts import Filled, Span, find_span
 from .errors import EncodingError
+from .prefixes import batches, encode_rows
 
-BATCH_TOKENS = 8192
+# Distinct prefixes in one batch: what fits a CPU's caches, and what fills a GPU.
+CPU_PREFIXES = 1024
+GPU_PREFIXES = 8192
 
 
 @dataclass(frozen=True)
@@ -80,46 +83,47 @@ class PromptEncoder:
         """States of each prompt with up to `padding` padding positions. Nothing is encoded twice."""
         wanted = [prompt for prompt in dict.fromkeys(prompts) if (prompt, padding) not in self._known]
         rows = self.tokenize(wanted)
-        padded = [self._pad(ids, padding) for ids in rows]
-        order = sorted(range(len(wanted)), key=lambda i: len(padded[i]))
-        with tqdm(total=len(order), desc=label, unit="prompt", delay=1, leave=False, disable=not self.progress) as bar:
-            start = 0
-            while start < len(order):
-                stop = start + 1
-                while stop < len(order) and (stop + 1 - start) * len(padded[order[stop]]) <= BATCH_TOKENS:
-                    stop += 1
-                batch = order[start:stop]
-                states, pooled = self._forward([rows[i] for i in batch], len(padded[batch[-1]]))
+        lengths = [min(len(ids) + padding, self.max_length) for ids in rows]
+        limit = CPU_PREFIXES if self.pairs[0][1].device.type == "cpu" else GPU_PREFIXES
+        padded = [ids + (-1,) * (length - len(ids)) for ids, length in zip(rows, lengths, strict=True)]
+        with tqdm(total=len(rows), desc=label, unit="prompt", delay=1, leave=False, disable=not self.progress) as bar:
+            for batch in batches(padded, limit):
+                states, pooled = self._forward([rows[i] for i in batch], [lengths[i] for i in batch])
                 for place, i in enumerate(batch):
-                    self._known[wanted[i], padding] = Encoded(
-                        rows[i],
-                        states[place, : len(padded[i])].clone(),
-                        None if pooled is None else pooled[place].clone(),
-                    )
+                    top = None if pooled is None else pooled[place].clone()
+                    self._known[wanted[i], padding] = Encoded(rows[i], states[place], top)
                 bar.update(len(batch))
-                start = stop
         return [self._known[prompt, padding] for prompt in prompts]
 
-    def _pad(self, ids: tuple[int, ...], padding: int) -> range:
-        return range(min(len(ids) + padding, self.max_length))
-
     @torch.inference_mode()
-    def _forward(self, rows: list[tuple[int, ...]], length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """States [n, length, d] and pooled [n, d_pooled] of token rows, padded to `length`."""
+    def _forward(
+        self, rows: list[tuple[int, ...]], lengths: list[int]
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """States [length, d] of each token row, padded to its length, and pooled [n, d_pooled]."""
         parts, pooled = [], None
         for tokenizer, model in self.pairs:
-            device = model.device
             pad = tokenizer.pad_token_id
-            ids = torch.tensor([list(row) + [pad] * (length - len(row)) for row in rows], device=device)
-            mask = None
+            padded = [row + (pad,) * (length - len(row)) for row, length in zip(rows, lengths, strict=True)]
             if getattr(model.config, "use_attention_mask", False):
-                sizes = torch.tensor([len(row) for row in rows], device=device)
-                mask = (torch.arange(length, device=device)[None] < sizes[:, None]).long()
-            out = model(ids, attention_mask=mask, output_hidden_states=self.penultimate)
-            parts.append((out.hidden_states[-2] if self.penultimate else out.last_hidden_state).float())
-            if self.penultimate and getattr(out, "text_embeds", None) is not None:
-                pooled = out.text_embeds.float()
-        return torch.cat(parts, dim=-1), pooled
+                states, top = self._masked(model, rows, padded)
+            else:
+                states, top = encode_rows(model, padded, self.penultimate, [len(row) - 1 for row in rows])
+            parts.append(states)
+            pooled = top.float() if top is not None else pooled
+        return [torch.cat([part[i] for part in parts], dim=-1).float() for i in range(len(rows))], pooled
+
+    def _masked(
+        self, model: Any, rows: list[tuple[int, ...]], padded: list[tuple[int, ...]]
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """As `encode_rows`, for an encoder that does not attend to padding: the model's own forward, with its mask."""
+        length = max(map(len, padded))
+        ids = torch.tensor([[*row, *[row[-1]] * (length - len(row))] for row in padded], device=model.device)
+        sizes = torch.tensor([len(row) for row in rows], device=model.device)
+        mask = (torch.arange(length, device=model.device)[None] < sizes[:, None]).long()
+        out = model(ids, attention_mask=mask, output_hidden_states=self.penultimate)
+        states = out.hidden_states[-2] if self.penultimate else out.last_hidden_state
+        top = getattr(out, "text_embeds", None) if self.penultimate else None
+        return [states[i, : len(row)] for i, row in enumerate(padded)], top
 
     def fingerprint(self) -> str:
         """SHA-256 over the tokenizers and every encoder weight (dtype, shape and bytes): what a state depends on."""

@@ -38,7 +38,7 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
         folder = Path(snapshot_download(str(model), revision=revision, allow_patterns=_PATTERNS, local_files_only=True))
         if _complete(folder):
             return folder
-    except OSError:  # not in the cache; LocalEntryNotFoundError is one
+    except (OSError, ValueError):  # not in the cache (LocalEntryNotFoundError is an OSError), or not a valid id
         pass
     try:
         return Path(snapshot_download(str(model), revision=revision, allow_patterns=_PATTERNS))

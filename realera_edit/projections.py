@@ -70,7 +70,10 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _check_blocks(shapes: Mapping[str, Sequence[int]], where: str) -> None:
-    """Key and value of a block have one shape, and as many outputs as its query; a damaged header breaks this."""
+    """Key and value of a block have one shape, and as many outputs as its query; a damaged header breaks this.
+
+    A block that reads nothing but added text has neither key nor value of its own.
+    """
     blocks: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         stem, leaf = _split(name)
@@ -78,7 +81,7 @@ def _check_blocks(shapes: Mapping[str, Sequence[int]], where: str) -> None:
             blocks.setdefault(stem, {})[leaf] = tuple(shape)
     for stem, block in blocks.items():
         key, value = block.get("to_k"), block.get("to_v")
-        if key != value or ("to_q" in block and block["to_q"][:1] != (key or ())[:1]):
+        if key != value or (key is not None and block.get("to_q", key)[:1] != key[:1]):
             found = ", ".join(f"{leaf} {list(shape)}" for leaf, shape in sorted(block.items()))
             raise ProjectionError(f"{where}: the weights of {stem} do not fit together ({found}); take a sound copy")
 

@@ -22,6 +22,8 @@ from .statistics import Keep, Moments, Pairs, constraint_basis, project_out, pro
 MAX_CONDITION = 1e12
 # Greatest product of a group's weight and its leverage.
 MAX_PULL = 1e6
+# Rows that the calibration holds in whitened form at once.
+CHUNK_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -117,26 +119,33 @@ def group_weights(pairs: Pairs, projected: Tensor, lower: Tensor, residual: Tens
     rho = 1 / (1 + a l) with the leverage l. rho falls with a, so bisection over log a finds it. Where no weight
     reaches `residual` [groups], the largest tried is taken.
     """
-    own = ~pairs.extra
-    rows, group = projected[own], pairs.group[own]
-    root = pairs.weight[own].to(torch.float64).sqrt()
-    gap = (pairs.y[own] - pairs.x[own]).to(torch.float64) * root[:, None]
-    white = torch.linalg.solve_triangular(lower, (rows * root[:, None]).T, upper=False).T
-    counts = torch.bincount(group, minlength=pairs.groups)
-    order = torch.argsort(group, stable=True)
+    own = (~pairs.extra).nonzero().flatten()
+    order = own[torch.argsort(pairs.group[own], stable=True)]
+    counts = torch.bincount(pairs.group[order], minlength=pairs.groups)
     first = torch.cumsum(counts, 0) - counts
-    slot = torch.arange(len(order), device=group.device) - first[group[order]]
-    padded = white.new_zeros(pairs.groups, int(counts.max()), white.shape[1])
-    gaps = torch.zeros_like(padded)
-    padded[group[order], slot] = white[order]
-    gaps[group[order], slot] = gap[order]
-    values, vectors = torch.linalg.eigh(padded @ padded.transpose(1, 2))
-    values = values.clamp_min(0)
-    share = (vectors.transpose(1, 2) @ gaps).square().sum(2)
-    share = share / share.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    weight = residual.new_zeros(pairs.groups)
+    leverage = torch.zeros_like(weight)
+    for count in torch.unique(counts[counts > 0]).tolist():  # groups of one size go together, without padding
+        groups = (counts == count).nonzero().flatten()
+        for part in groups.split(max(1, CHUNK_ROWS // count)):
+            rows = order[(first[part][:, None] + torch.arange(count, device=order.device)).flatten()]
+            root = pairs.weight[rows].to(torch.float64).sqrt()[:, None]
+            white = torch.linalg.solve_triangular(lower, (projected[rows] * root).T, upper=False)
+            white = white.T.reshape(len(part), count, -1)
+            gap = ((pairs.y[rows] - pairs.x[rows]).to(torch.float64) * root).view(len(part), count, -1)
+            values, vectors = torch.linalg.eigh(white @ white.transpose(1, 2))
+            share = (vectors * ((gap @ gap.transpose(1, 2)) @ vectors)).sum(1)  # |D^T z_k|^2, [part, count]
+            weight[part], leverage[part] = _bisect(values.clamp_min(0), share, residual[part])
+    return weight, leverage
+
+
+def _bisect(values: Tensor, share: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """(weight, leverage) of groups with eigenvalues and shares [groups, rows] and wanted `residual` [groups]."""
+    tiny = torch.finfo(torch.float64).tiny
+    share = share / share.sum(1, keepdim=True).clamp_min(tiny)
     leverage = values.amax(1)
     # a l = 1e6 is beyond any strength that one row can ask for; more would only ruin the conditioning
-    high = (MAX_PULL / leverage.clamp_min(torch.finfo(torch.float64).tiny)).clamp_max(MAX_PULL**2).log()
+    high = (MAX_PULL / leverage.clamp_min(tiny)).clamp_max(MAX_PULL**2).log()
     low = high - 40
     for _ in range(60):
         middle = (low + high) / 2

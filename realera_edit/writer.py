@@ -55,7 +55,8 @@ def staged(out: Path, *, force: bool, needed: int, source: Path | None = None) -
             _sync(temporary)
             _publish(temporary, out, force)
         _sync_folder(parent)
-        _remove_stale(parent, prefix, out)  # OUT is whole: what a killed run had put aside is of no more use
+        with contextlib.suppress(OSError):  # OUT is whole: what a killed run had put aside is of no more use
+            _remove_stale(parent, prefix, out)
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be written: {_explain(error)}") from error
     finally:
@@ -97,14 +98,17 @@ def _publish(temporary: Path, out: Path, force: bool) -> None:
     if force and out.exists():
         # the old folder steps aside under our own prefix, where the next run finds it should we be killed here
         aside = Path(tempfile.mkdtemp(prefix=temporary.name, dir=temporary.parent))
-        os.rename(out, aside / "old")
+        old = aside / "old"
         try:
+            os.rename(out, old)
             os.rename(temporary, out)
-        except OSError:
-            os.rename(aside / "old", out)
+        except BaseException:  # an interrupt, too
+            if old.exists() and not out.exists():
+                os.rename(old, out)
             raise
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            if out.exists() or not old.exists():
+                shutil.rmtree(aside, ignore_errors=True)
     else:
         os.rename(temporary, out)
 
@@ -180,11 +184,12 @@ def _sync(folder: Path) -> None:
 def _sync_folder(folder: Path) -> None:
     if sys.platform == "win32":  # folders cannot be opened there
         return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with contextlib.suppress(OSError):  # some file systems cannot sync a folder, some folders cannot be listed
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def copy_rest(root: Path, out: Path, skip: set[Path], link: bool, progress: bool) -> None:

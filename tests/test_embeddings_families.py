@@ -119,3 +119,17 @@ def test_tokenizers_that_disagree_are_an_error(sdxl: Path) -> None:
     vocabulary.write_text(text.replace("ca t</w>\n", ""), encoding="utf-8")
     with pytest.raises(EncodingError, match="split the same text differently"):
         edit_model(sdxl, ["cat"], config=QUICK)
+
+
+def test_an_encoder_that_masks_its_padding(sd1: Path) -> None:
+    """`use_attention_mask`: padding is not attended to, here and in the pipeline."""
+    pipe = DiffusionPipeline.from_pretrained(sd1, safety_checker=None)
+    plain, _ = pipeline_states(pipe, "a cat")
+    pipe.text_encoder.config.use_attention_mask = True
+    encoder = PromptEncoder(((pipe.tokenizer, pipe.text_encoder),))
+    for prompt in ("a cat", "a photo of a lion on the table"):
+        whole, _ = pipeline_states(pipe, prompt)
+        found = encoder.encode([prompt], 3)[0].states
+        assert relative(found, whole[: len(found)]) < 1e-5
+    masked, _ = pipeline_states(pipe, "a cat")
+    assert relative(masked, plain) > 1e-3

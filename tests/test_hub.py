@@ -64,11 +64,11 @@ def test_a_revision(sd1: Path, hub_cache: Path) -> None:
         resolve("owner/tiny")
 
 
-def test_an_unknown_id_is_one_clear_line(hub_cache: Path) -> None:
-    with pytest.raises(
-        CheckpointError, match=r"nobody/nothing: no such folder, .*Check the name, the network"
-    ) as caught:
-        edit_model("nobody/nothing", ["cat"], config=QUICK)
+@pytest.mark.parametrize("name", ["nobody/nothing", "no--body/nothing", "nobody/no..thing", "nobody/nothing.git"])
+def test_an_unknown_id_is_one_clear_line(name: str, hub_cache: Path) -> None:
+    """Also where the hub client itself would not take it for an id."""
+    with pytest.raises(CheckpointError, match=f"{name}: no such folder, .*Check the name, the network") as caught:
+        edit_model(name, ["cat"], config=QUICK)
     assert "\n" not in str(caught.value)
 
 

@@ -141,13 +141,16 @@ def test_added_and_wrapped_projections() -> None:
     """UnCLIP's `add_k_proj`; a LoRA's base layer; an IP-Adapter's image keys, which read no text."""
     block = "mid_block.attentions.0.transformer_blocks.0.attn2"
     shapes = {
+        "mid_block.attentions.0.to_q.weight": (16, 16),
         "mid_block.attentions.0.add_k_proj.weight": (16, WIDTH),
         "mid_block.attentions.0.add_v_proj.weight": (16, WIDTH),
         **{f"{block}.to_{x}.base_layer.weight": (16, 16 if x == "q" else WIDTH) for x in "qkv"},
         **{f"{block}.to_{x}.lora_A.default.weight": (4, WIDTH) for x in "kv"},
         **{f"{block}.processor.to_{x}_ip.0.weight": (16, WIDTH) for x in "kv"},
     }
-    assert {p.name for p in find(shapes)} == set(list(shapes)[:2]) | {f"{block}.to_{x}.base_layer.weight" for x in "kv"}
+    assert {p.name for p in find(shapes)} == set(list(shapes)[1:3]) | {
+        f"{block}.to_{x}.base_layer.weight" for x in "kv"
+    }
 
 
 def test_fused_projections_are_an_error(sd1: Path) -> None:

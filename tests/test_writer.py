@@ -59,6 +59,28 @@ def test_a_failed_run_leaves_what_it_would_replace(tmp_path: Path) -> None:
     assert nothing_left(tmp_path)
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143), OSError(5, "Input/output error", "out")])
+@pytest.mark.parametrize("number", [0, 1])
+def test_an_interrupt_while_replacing_puts_the_old_folder_back(
+    error: BaseException, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    rename, calls = os.rename, iter(range(100))
+
+    def failing(*paths: Any) -> None:
+        if next(calls) == number:
+            raise error
+        rename(*paths)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises((KeyboardInterrupt, SystemExit, CheckpointError)):
+        stage(out, lambda folder: (folder / "new.txt").touch(), force=True)
+    assert tree(out).keys() == {"mine.txt"}
+    assert nothing_left(tmp_path)
+
+
 def test_a_file_or_a_link_is_never_replaced(sd1: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "elsewhere").mkdir()
