@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import resource
@@ -78,6 +79,11 @@ def peak_memory(device: str = "cpu") -> dict[str, int]:
 def median(values: list[float]) -> float:
     """The median of measured seconds or ratios."""
     return statistics.median(values)
+
+
+def largest(values: list[float]) -> float:
+    """The largest value; NaN where any is NaN, which `max` would pass over."""
+    return next((value for value in values if math.isnan(value)), max(values))
 
 
 def show(record: Mapping[str, Any], as_json: bool) -> None:

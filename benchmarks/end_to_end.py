@@ -100,12 +100,10 @@ def round_of(model: Path, names: Sequence[str], work: Path, cache: Path) -> dict
     copied = copy_folder(model, work / "copy")
     command = [sys.executable, "-m", "realera_edit", "erase", str(model), *names, "-o", str(out), "--json"]
     erased = spawn(command, cache)
-    stages = json.loads(erased["line"]).get("seconds", {})
     shutil.rmtree(out)
     shutil.rmtree(scratch)
     return {
         "seconds": {"wall": erased["seconds"], "copy": copied, "encode": encoding["seconds"]},
-        "stages": stages,
         "prompts": encoding["prompts"],
         "ratio": erased["seconds"] / (copied + encoding["seconds"]),
         "peak_bytes": erased["peak"],

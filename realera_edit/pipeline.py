@@ -13,6 +13,7 @@ from .checkpoint import ENCODER_CLASSES, encoder_widths
 from .embeddings import PromptEncoder
 from .errors import CheckpointError, ProjectionError, RealEraWarning, SolveError
 from .projections import Projection, text_projections
+from .tensorfile import all_finite
 from .writer import digest
 
 if TYPE_CHECKING:
@@ -83,11 +84,11 @@ class LoadedPipeline:
                 "the U-Net's weights are offloaded (meta tensors); edit before enable_sequential_cpu_offload()"
             )
         for (name, p), weight in zip(keys, weights, strict=True):
-            if not bool(torch.isfinite(weight).all()):
+            if not all_finite(weight.data):
                 raise CheckpointError(f"{name}: {p.name} contains NaN or inf: the model is damaged")
         edited = apply_by_role(edit, [p.role for _, p in keys], [weight.data for weight in weights])
         for (name, p), new in zip(keys, edited, strict=True):
-            if not bool(torch.isfinite(new).all()):
+            if not all_finite(new):
                 raise SolveError(f"{name}: the edited {p.name} overflows {new.dtype}; raise ridge or lower strength")
         hashes: dict[str, dict[str, dict[str, str]]] = {}
         for (name, p), weight, new in zip(keys, weights, edited, strict=True):

@@ -92,7 +92,7 @@ def factorise(matrix: Tensor, what: str = "the kept statistics") -> tuple[Tensor
     raise SolveError(f"{what} are not positive definite even with jitter; raise ridge, or preserve more concepts")
 
 
-def condition_number(matrix: Tensor, lower: Tensor, steps: int = 12) -> float:
+def condition_number(matrix: Tensor, lower: Tensor, steps: int = 8) -> float:
     """Estimate of the 2-norm condition number of a positive definite matrix from its Cholesky factor.
 
     Power iteration for the largest eigenvalue and, through the factor, the smallest; a lower bound, usually within
@@ -188,7 +188,13 @@ def solve(
     basis = constraint_basis(keep.fixed)
     projected = project_out(pairs.x, basis)
     keep_rows = None if keep.rows is None else project_out(keep.rows, basis)
-    few = keep.second is None and clouds is None and keep_rows is not None and len(projected) + len(keep_rows) < d
+    if len(basis) >= d:
+        raise SolveError(
+            f"the states that are kept exactly (start token, empty prompt: {len(basis)} directions) span the whole "
+            f"text space of width {d}: nothing can be edited. Models this narrow are not supported"
+        )
+    low_rank = clouds is None and 2 * len(projected) < d  # the cheaper form to apply
+    few = low_rank and keep_rows is not None and len(projected) + len(keep_rows) < d
     if keep.second is not None:
         kept = project_out_both(keep.second, basis)
     else:
@@ -221,7 +227,7 @@ def solve(
             stacklevel=2,
         )
     # the rows on the right are in the complement of C already; projecting again removes what the solve's rounding left
-    if extra is None and 2 * len(projected) < d:
+    if low_rank:
         factor = Factor(gap.T, project_out(torch.cholesky_solve(projected.T, lower).T, basis))
     else:
         cross = gap.T @ projected

@@ -13,13 +13,12 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from .checkpoint import walk
 from .errors import CheckpointError, SolveError
-from .tensorfile import TensorFile, copy_file, to_bytes
+from .tensorfile import TensorFile, all_finite, copy_file, to_bytes
 
 if sys.platform != "win32":  # there, folders of killed runs are left for the user
     import fcntl
@@ -230,7 +229,7 @@ def edited_tensors(
         group = list(names[start:stop])
         weights = [file.read(name) for name in group]
         for name, old, new in zip(group, weights, product(group, weights), strict=True):
-            if not bool(torch.isfinite(new).all()):
+            if not all_finite(new):
                 raise SolveError(f"{file.path}: the edited {name} overflows {new.dtype}; raise ridge or lower strength")
             hashes[name] = {"before": digest(old), "after": digest(new)}
             yield name, new

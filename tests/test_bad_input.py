@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -65,6 +66,18 @@ def test_a_missing_part_is_named(part: str, message: str, sd1: Path) -> None:
 
 def set_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="links and pipes of a POSIX system")
+def test_a_broken_link_or_a_pipe_in_the_folder_is_named(sd1: Path, tmp_path: Path) -> None:
+    (sd1 / "notes.txt").symlink_to(tmp_path / "gone")
+    with pytest.raises(CheckpointError, match=r"sd1/notes\.txt: not a regular file, or a broken link"):
+        erase(sd1, tmp_path / "out")
+    (sd1 / "notes.txt").unlink()
+    os.mkfifo(sd1 / "vae" / "pipe")
+    with pytest.raises(CheckpointError, match="vae/pipe: not a regular file"):
+        erase(sd1, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"sd1"}
 
 
 def test_a_foreign_text_encoder_is_named(sd1: Path) -> None:

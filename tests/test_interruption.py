@@ -147,6 +147,13 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing(sd1: Path, disk: Disk, mo
         assert [path.name for path in disk.folder.iterdir()] == ["out"]
 
 
+def test_links_to_another_disk_are_copies(sd1: Path, disk: Disk) -> None:
+    edit_model(sd1, ["cat"], config=QUICK).save(disk.folder / "out", link=True)
+    assert {name: disk_hash for name, disk_hash in tree(disk.folder / "out").items() if name.startswith("vae")} == {
+        f"vae/{name}": digest for name, digest in tree(sd1 / "vae").items()
+    }
+
+
 def test_a_read_only_disk_is_named(sd1: Path, disk: Disk) -> None:
     """As the place of the output it is an error; as the place of the input it is all the same to the edit."""
     shutil.copytree(sd1, disk.folder / "model")

@@ -181,3 +181,8 @@ def test_apply_leaves_columns_beyond_the_text_alone_and_keeps_dtypes() -> None:
         assert torch.equal(new[:, D:], old[:, D:])
         exact = old[:, :D].double() @ (torch.eye(D, dtype=torch.float64) + factor.delta())
         torch.testing.assert_close(new[:, :D].double(), exact, rtol=float(torch.finfo(old.dtype).eps), atol=2e-6)
+
+
+def test_nothing_is_left_to_edit_when_the_fixed_states_span_the_space() -> None:
+    with pytest.raises(SolveError, match="span the whole text space of width 24"):
+        solve(make_pairs(), make_keep(fixed=D), residual=torch.zeros(3), ridge=1e-2)
