@@ -15,7 +15,9 @@ BIN := .venv/bin
 
 demo: .venv/.installed
 	$(BIN)/realera-edit erase $(MODEL) "cat face" --output $(OUT)/no-cat --force
-	$(BIN)/python -m benchmarks.grid --model $(MODEL) --erase "cat face" --out $(OUT)/demo.png
+	$(BIN)/python -m benchmarks.grid --model $(MODEL) --erase "cat face" \
+		--rows "cat face: erased" "kitty: an alias" "dog face: near" "pizza: unrelated" "guitar: unrelated" \
+		--out $(OUT)/demo.png
 	@echo "Look at $(OUT)/demo.png: each row is a prompt, left the original model, right the edited one, same seeds."
 	@echo "The cat rows change, the others stay the same pictures. The edited model is $(OUT)/no-cat."
 

@@ -119,6 +119,15 @@ def test_undo_refuses_a_damaged_original(sd1: Path, tmp_path: Path) -> None:
         undo_folder(tmp_path / "out", tmp_path / "back")
 
 
+def test_undo_refuses_a_tensor_that_was_never_edited(sd1: Path, tmp_path: Path) -> None:
+    result = save(sd1, tmp_path / "out")
+    name = next(iter(result.tensors[UNET]))
+    head, data = split_file(tmp_path / "out" / UNDO)
+    write_file(tmp_path / "out" / UNDO, head.replace(f"::{name}".encode(), b"::conv_in.weight"), data)
+    with pytest.raises(CheckpointError, match=f"{UNDO}: {UNET}::conv_in.weight is not among the tensors that {RECORD}"):
+        undo_folder(tmp_path / "out", tmp_path / "back")
+
+
 def test_undo_refuses_to_restore_a_part(sd1: Path, tmp_path: Path) -> None:
     save(sd1, tmp_path / "out")
     head, data = split_file(tmp_path / "out" / UNDO)

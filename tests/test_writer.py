@@ -81,6 +81,25 @@ def test_an_interrupt_while_replacing_puts_the_old_folder_back(
     assert nothing_left(tmp_path)
 
 
+def test_an_old_folder_that_cannot_be_put_back_is_not_thrown_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    rename, calls = os.rename, iter(range(100))
+
+    def failing(*paths: Any) -> None:
+        if next(calls) > 0:
+            raise OSError(5, "Input/output error", "out")
+        rename(*paths)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(CheckpointError, match="cannot be written: Input/output error"):
+        stage(out, lambda folder: (folder / "new.txt").touch(), force=True)
+    assert [path.read_text() for path in tmp_path.rglob("mine.txt")] == ["mine"]
+
+
 def test_a_file_or_a_link_is_never_replaced(sd1: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "elsewhere").mkdir()
