@@ -95,7 +95,7 @@ class EditResult:
         for denoiser, file in files:
             names = {p.name for p in selected(denoiser.projections, self.config.edit, self.config.pooled)}
             chosen[str(file.path.relative_to(source.root))] = [n for n in file.entries if n in names]
-        with staged(out, force=force, needed=needed) as folder:
+        with staged(out, force=force, needed=needed, source=source.root) as folder:
             copy_rest(source.root, folder, skip, link, self.progress)
             for denoiser, file in files:
                 relative = str(file.path.relative_to(source.root))

@@ -104,26 +104,23 @@ class PromptEncoder:
         for tokenizer, model in self.pairs:
             pad = tokenizer.pad_token_id
             padded = [row + (pad,) * (length - len(row)) for row, length in zip(rows, lengths, strict=True)]
-            if getattr(model.config, "use_attention_mask", False):
-                states, top = self._masked(model, rows, padded)
+            # SDXL's pipeline never passes a mask, whatever its encoders' configurations say
+            if getattr(model.config, "use_attention_mask", False) and not self.penultimate:
+                states, top = self._masked(model, rows, padded), None
             else:
                 states, top = encode_rows(model, padded, self.penultimate, [len(row) - 1 for row in rows])
             parts.append(states)
             pooled = top.float() if top is not None else pooled
         return [torch.cat([part[i] for part in parts], dim=-1).float() for i in range(len(rows))], pooled
 
-    def _masked(
-        self, model: Any, rows: list[tuple[int, ...]], padded: list[tuple[int, ...]]
-    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    def _masked(self, model: Any, rows: list[tuple[int, ...]], padded: list[tuple[int, ...]]) -> list[torch.Tensor]:
         """As `encode_rows`, for an encoder that does not attend to padding: the model's own forward, with its mask."""
         length = max(map(len, padded))
         ids = torch.tensor([[*row, *[row[-1]] * (length - len(row))] for row in padded], device=model.device)
         sizes = torch.tensor([len(row) for row in rows], device=model.device)
         mask = (torch.arange(length, device=model.device)[None] < sizes[:, None]).long()
-        out = model(ids, attention_mask=mask, output_hidden_states=self.penultimate)
-        states = out.hidden_states[-2] if self.penultimate else out.last_hidden_state
-        top = getattr(out, "text_embeds", None) if self.penultimate else None
-        return [states[i, : len(row)] for i, row in enumerate(padded)], top
+        states = model(ids, attention_mask=mask).last_hidden_state
+        return [states[i, : len(row)] for i, row in enumerate(padded)]
 
     def fingerprint(self) -> str:
         """SHA-256 over the tokenizers and every encoder weight (dtype, shape and bytes): what a state depends on."""

@@ -47,6 +47,7 @@ class LoadedPipeline:
                     f"{self.where}'s {name}: its attention projections are fused; call unfuse_qkv_projections() first"
                 )
             parameters = dict(module.named_parameters())
+            _check_present(name, module)
             shapes = {key: tuple(value.shape) for key, value in parameters.items()}
             self._found[name] = text_projections(shapes, config, *widths, f"{self.where}'s {name}")
             for projection in self._found[name]:
@@ -79,10 +80,6 @@ class LoadedPipeline:
         wanted = set(selection)
         keys = [(name, p) for name, group in self._found.items() for p in group if p in wanted]
         weights = [self._parameters[name, p.name] for name, p in keys]
-        if any(weight.is_meta for weight in weights):
-            raise CheckpointError(
-                "the U-Net's weights are offloaded (meta tensors); edit before enable_sequential_cpu_offload()"
-            )
         for (name, p), weight in zip(keys, weights, strict=True):
             if not all_finite(weight.data):
                 raise CheckpointError(f"{name}: {p.name} contains NaN or inf: the model is damaged")
@@ -105,6 +102,13 @@ class LoadedPipeline:
         self._originals.clear()
 
 
+def _check_present(name: str, module: nn.Module) -> None:
+    if any(weight.is_meta for weight in module.parameters()):
+        raise CheckpointError(
+            f"the weights of {name} are offloaded (meta tensors); edit before enable_sequential_cpu_offload()"
+        )
+
+
 def _encoder(components: Mapping[str, Any], progress: bool) -> PromptEncoder:
     pairs = []
     for suffix in ("", "_2", "_3"):
@@ -115,6 +119,7 @@ def _encoder(components: Mapping[str, Any], progress: bool) -> PromptEncoder:
             raise CheckpointError(
                 f"text_encoder{suffix} is a {type(model).__name__}; supported: {', '.join(ENCODER_CLASSES)}"
             )
+        _check_present(f"text_encoder{suffix}", model)
         pairs.append((tokenizer, model))
     if not pairs:
         raise CheckpointError("the pipeline has no text encoder loaded; the edit needs one")

@@ -91,10 +91,11 @@ def test_an_overflow_stops_the_edit_before_it_begins(sd1: Path) -> None:
     assert not differing(pipe.unet, before)
 
 
-def test_offloaded_weights_are_an_error(sd1: Path) -> None:
+@pytest.mark.parametrize("name", ["unet", "text_encoder"])
+def test_offloaded_weights_are_an_error(name: str, sd1: Path) -> None:
     pipe = load(sd1)
-    pipe.unet.to("meta")
-    with pytest.raises(CheckpointError, match=r"offloaded \(meta tensors\); edit before enable_sequential_cpu_offload"):
+    getattr(pipe, name).to("meta")
+    with pytest.raises(CheckpointError, match=rf"weights of {name} are offloaded \(meta .* before enable_sequential"):
         edit_model(pipe, ["cat"], config=QUICK)
 
 

@@ -133,6 +133,14 @@ def test_the_output_neither_lies_in_the_input_nor_holds_it(sd1: Path, tmp_path: 
     assert not (sd1 / "new").exists()
 
 
+def test_an_edit_neither_writes_into_its_input_nor_replaces_what_holds_it(sd1: Path, tmp_path: Path) -> None:
+    before = tree(tmp_path)
+    for out in (sd1 / "out", tmp_path):
+        with pytest.raises(CheckpointError, match=r"lies in the input|holds the input"):
+            save(sd1, out, force=True)
+    assert tree(tmp_path) == before
+
+
 def test_a_name_too_long_for_a_file(sd1: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be written: File name too long"):
         save(sd1, tmp_path / ("a" * 300))
