@@ -8,7 +8,7 @@ import tempfile
 import warnings
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,8 @@ def load_prior(encoder: PromptEncoder, words: Sequence[str], padding: int, finge
         pass
     except Exception as error:  # whatever is wrong with a cache file, computing again mends it
         warnings.warn(f"{path}: damaged cache ({error}); computed again", RealEraWarning, stacklevel=2)
-    cross, pooled, last = prior_moments(encoder, words, padding)
+    # a memory of its own: with the cache warm or cold, the rest of the edit sees the same batches, to the bit
+    cross, pooled, last = prior_moments(replace(encoder, _known={}), words, padding)
     _store(path, {"cross": cross, "last": last} | ({} if pooled is None else {"pooled": pooled}))
     return Prior(tuple(words), last, cross, pooled)
 
