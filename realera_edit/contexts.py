@@ -116,7 +116,7 @@ def align(concept: Span, target: Span, last: int) -> list[tuple[int, int]]:
     size, other = concept.stop - concept.start, target.stop - target.start
     pairs = []
     for index in range(size):
-        place = min((index + 1) * other // size, other - 1) if index < size - 1 else other - 1
+        place = -(-(index + 1) * other // size) - 1  # rounded up: the identity for equal lengths
         pairs.append((concept.start + index, target.start + max(place, 0)))
     for offset in range(concept.end - concept.stop + 1 + last):
         pairs.append((concept.stop + offset, target.stop + offset))
