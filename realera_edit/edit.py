@@ -174,6 +174,9 @@ def edit_model(
     one, float32). Raises a `RealEraError`; warns with `RealEraWarning` about what deserves a look.
     """
     config = config or EditConfig()
+    # one name alone is a list of one, not of its letters
+    preserve = [preserve] if isinstance(preserve, str) else preserve
+    prior = [prior] if isinstance(prior, str) else prior
     preserve = tuple(dict.fromkeys(" ".join(name.split()) for name in preserve))
     if any(not name for name in preserve):
         raise ConceptError("preserve: a name is empty; remove it (the empty prompt is always kept)")

@@ -37,6 +37,9 @@ def test_align_puts_last_on_last_and_everything_after_one_to_one() -> None:
     assert align(concept, target, 2) == [(2, 2), (3, 2), (4, 2), (5, 3), (6, 4), (7, 5), (8, 6)]
     concept, target = Span(1, 2, 2), Span(1, 4, 4)
     assert align(concept, target, 1) == [(1, 3), (2, 4), (3, 5)]
+    # equal lengths: position by position
+    assert align(Span(1, 5, 5), Span(1, 5, 5), 0) == [(i, i) for i in range(1, 6)]
+    assert align(Span(1, 5, 5), Span(1, 3, 3), 0) == [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3)]
 
 
 def test_align_with_an_empty_target_takes_its_next_position() -> None:

@@ -139,6 +139,10 @@ def test_a_thousand_concepts_in_one_call(emoji: Path) -> None:
     assert bool(torch.isfinite(result.edit.cross.factor.delta()).all())
 
 
+def test_one_preserved_name_is_not_split_into_letters(sd1: Path) -> None:
+    assert edit_model(sd1, "cat", preserve="dog", prior="a red house", config=QUICK).preserve == ("dog",)
+
+
 def test_bad_calls_are_our_errors(emoji: Path) -> None:
     with pytest.raises(CheckpointError, match="has no U-Net"):
         edit_model(object(), ["cat"])
