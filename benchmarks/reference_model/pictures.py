@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import resvg_py
 from PIL import Image
 
 DEFAULT_CACHE = Path("~/.cache/realera_edit/reference_model").expanduser()
@@ -106,6 +105,8 @@ def find_icon(icons: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
 
 def render(icons: Mapping[str, Any], icon: Mapping[str, Any], size: int) -> np.ndarray:
     """Draw one icon on white, centred: uint8 [size, size, 3]."""
+    import resvg_py  # only for drawing the set anew; reading it needs no renderer
+
     width, height = (icon.get(key, icons.get(key, 16)) for key in ("width", "height"))
     box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
     svg = (
