@@ -10,6 +10,7 @@ solution (arXiv 2308.14761, eq. 7) factored over the layers; with C it is the li
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -154,9 +155,7 @@ def _bisect(values: Tensor, share: Tensor, residual: Tensor) -> tuple[Tensor, Te
     return torch.where(residual >= 1, torch.zeros_like(high), high.exp()), leverage
 
 
-def _woodbury(
-    pairs: Pairs, keep_rows: Tensor, projected: Tensor, row_weight: Tensor, ridge: float
-) -> tuple[Tensor, float]:
+def _woodbury(keep_rows: Tensor, projected: Tensor, row_weight: Tensor, ridge: float) -> tuple[Tensor, float]:
     """(P B P + lam I)^-1 applied to the erase rows [m, d], through the dimension of the vectors instead of d."""
     root = row_weight.sqrt()[:, None]
     stacked = torch.cat([projected * root, keep_rows])
@@ -168,13 +167,34 @@ def _woodbury(
     return (projected - inner.T @ stacked) / ridge, condition
 
 
+def _dense(
+    total: Tensor, gap: Tensor, projected: Tensor, basis: Tensor, extra: Moments | None, low_rank: bool
+) -> tuple[Factor, float, float]:
+    """The factor from P B P + lam I = `total` [d, d], with its condition number and the jitter that it took.
+
+    `gap`, `projected` [m, d]: a (y - x) and P x of the erase rows; `extra`: streamed neighbours, not in `total` yet.
+    """
+    if extra is not None:
+        total = total + project_out_both(extra.b, basis)
+    lower, jitter = factorise(total, "the statistics")
+    # the right side is in the complement of C already; projecting again removes what the solve's rounding left
+    if low_rank:
+        factor = Factor(gap.T, project_out(torch.cholesky_solve(projected.T, lower).T, basis))
+    else:
+        cross = gap.T @ projected
+        if extra is not None:
+            cross += project_out(extra.k, basis)
+        factor = Factor(project_out(torch.cholesky_solve(cross.T, lower).T, basis), None)
+    return factor, condition_number(total, lower), jitter
+
+
 def solve(
     pairs: Pairs,
     keep: Keep,
     *,
     residual: Tensor,
     ridge: float,
-    clouds: object = None,
+    clouds: Callable[[Tensor], Moments] | None = None,
     group_weight: Tensor | None = None,
 ) -> Solution:
     """The factor M for `pairs` against `keep`.
@@ -210,30 +230,21 @@ def solve(
         kept.diagonal().sub_(lam)
     row_weight = group_weight[pairs.group] * pairs.weight.to(torch.float64)
     gap = (pairs.y - pairs.x).to(torch.float64) * row_weight[:, None]
+    more = 0.0
     if few and keep_rows is not None:
-        right, condition = _woodbury(pairs, keep_rows, projected, row_weight, lam)
-        return Solution(Factor(gap.T, project_out(right, basis)), group_weight, leverage, condition, jitter, lam)
-    total = kept + second_moment(projected, row_weight)
-    extra: Moments | None = clouds(group_weight) if callable(clouds) else None
-    if extra is not None:
-        total += project_out_both(extra.b, basis)
-    total.diagonal().add_(lam)
-    lower, more = factorise(total, "the statistics")
-    condition = condition_number(total, lower)
+        right, condition = _woodbury(keep_rows, projected, row_weight, lam)
+        factor = Factor(gap.T, project_out(right, basis))
+    else:
+        extra = None if clouds is None else clouds(group_weight)
+        kept += second_moment(projected, row_weight)
+        kept.diagonal().add_(lam)
+        factor, condition, more = _dense(kept, gap, projected, basis, extra, low_rank)
     if condition > MAX_CONDITION:
         warnings.warn(
             f"the solve is ill-conditioned (condition number {condition:.1e}); raise ridge or lower strength",
             RealEraWarning,
             stacklevel=2,
         )
-    # the rows on the right are in the complement of C already; projecting again removes what the solve's rounding left
-    if low_rank:
-        factor = Factor(gap.T, project_out(torch.cholesky_solve(projected.T, lower).T, basis))
-    else:
-        cross = gap.T @ projected
-        if extra is not None:
-            cross += extra.k - (extra.k @ basis.T) @ basis
-        factor = Factor(project_out(torch.cholesky_solve(cross.T, lower).T, basis), None)
     if not bool(torch.isfinite(factor.left).all()):
         raise SolveError("the solution contains NaN or inf; raise ridge or lower strength")
     return Solution(factor, group_weight, leverage, condition, max(jitter, more), lam)
