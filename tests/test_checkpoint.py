@@ -102,7 +102,7 @@ def test_metadata_and_layout_of_the_header_are_kept(sd1: Path, tmp_path: Path) -
     assert recipe["config"] == QUICK.to_dict()
 
 
-def test_both_variants_are_edited(sd1: Path, tiny: Tiny, pristine: Tiny, tmp_path: Path) -> None:
+def test_both_variants_are_edited(sd1: Path, pristine: Tiny, tmp_path: Path) -> None:
     half = pristine("sd1", torch.float16, "fp16")
     shutil.copytree(half, sd1, dirs_exist_ok=True)
     twin = UNET.replace(".safetensors", ".fp16.safetensors")
