@@ -20,6 +20,13 @@ _HOMES = {
     "EditConfig": "config",
     "Concept": "concepts",
     "load_concepts": "concepts",
+    "EditFile": "editfile",
+    "compose": "editfile",
+    "diff": "editdiff",
+    "apply_edit": "transfer",
+    "AppliedEdit": "transfer",
+    "export_lora": "lora",
+    "wrap_text_encoder": "wrap",
     "inspect_path": "provenance",
     "undo_folder": "provenance",
     "RealEraError": "errors",
@@ -27,24 +34,36 @@ _HOMES = {
 }
 
 __all__ = [
+    "AppliedEdit",
     "Concept",
     "EditConfig",
+    "EditFile",
     "EditResult",
     "RealEraError",
     "RealEraWarning",
     "__version__",
+    "apply_edit",
+    "compose",
+    "diff",
     "edit_model",
+    "export_lora",
     "inspect_path",
     "load_concepts",
     "undo_folder",
+    "wrap_text_encoder",
 ]
 
 if TYPE_CHECKING:
     from .concepts import Concept, load_concepts
     from .config import EditConfig
     from .edit import EditResult, edit_model
+    from .editdiff import diff
+    from .editfile import EditFile, compose
     from .errors import RealEraError, RealEraWarning
+    from .lora import export_lora
     from .provenance import inspect_path, undo_folder
+    from .transfer import AppliedEdit, apply_edit
+    from .wrap import wrap_text_encoder
 
 
 def __getattr__(name: str) -> Any:

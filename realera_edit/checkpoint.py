@@ -104,7 +104,8 @@ def weight_sets(folder: Path) -> dict[str | None, tuple[Path, ...]]:
     return sets
 
 
-def _choose(folder: Path, variant: str | None) -> tuple[str | None, tuple[Path, ...]]:
+def chosen_weights(folder: Path, variant: str | None) -> tuple[str | None, tuple[Path, ...]]:
+    """(variant, files) of the weights to read: those of `variant` if there are any, else the plain ones."""
     sets = weight_sets(folder)
     if variant is not None and variant not in sets and None not in sets:
         raise CheckpointError(f"{folder}: no variant {variant!r}; it has {', '.join(str(v) for v in sets)}")
@@ -119,10 +120,12 @@ def open_checkpoint(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     progress: bool = False,
+    widths: tuple[int, int | None] | None = None,
 ) -> Checkpoint:
     """Open a diffusers folder of Stable Diffusion 1.x, 2.x or XL. Raises `CheckpointError` or `ProjectionError`.
 
-    The text encoders are loaded in `dtype` (float32 unless told); of the denoisers only the headers are read.
+    The text encoders are loaded in `dtype` (float32 unless told); of the denoisers only the headers are read. Where
+    the `widths` of the states and of the pooled state are given, no text encoder is loaded.
     """
     if not os.path.exists(root):  # unlike Path.exists, never raises
         raise CheckpointError(f"{root}: no such folder; give a diffusers folder or a hub id such as owner/name")
@@ -138,8 +141,11 @@ def open_checkpoint(
             "StableDiffusionPipeline.from_single_file(...).save_pretrained(...)"
         )
     index = read_json(root / "model_index.json")
-    encoder = _load_encoder(root, index, variant, device, dtype, progress)
-    widths = encoder_widths(encoder)
+    if widths is None:
+        encoder = _load_encoder(root, index, variant, device, dtype, progress)
+        widths = encoder_widths(encoder)
+    else:
+        encoder = PromptEncoder((), penultimate="text_encoder_2" in index, progress=progress)
     denoisers = []
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
         if not (folder / "config.json").is_file() or folder.name.startswith(("text_encoder", "vae", "safety")):
@@ -196,10 +202,9 @@ def _unedited_copies(root: Path, denoisers: list[Denoiser]) -> tuple[Path, ...]:
     return tuple(found)
 
 
-def _load_encoder(
-    root: Path, index: Mapping[str, Any], variant: str | None, device: str, dtype: torch.dtype | None, progress: bool
-) -> PromptEncoder:
-    pairs = []
+def encoder_parts(root: Path, index: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(folder, class) of each text encoder that a model_index names, in the order in which their states are joined."""
+    parts = []
     for suffix in ("", "_2", "_3"):
         name = f"text_encoder{suffix}"
         entry = index.get(name)
@@ -209,11 +214,19 @@ def _load_encoder(
             raise CheckpointError(
                 f"{root / name}: {entry[1]} is not supported; only {' and '.join(ENCODER_CLASSES)} are"
             )
-        pairs.append(
-            (_tokenizer(root / f"tokenizer{suffix}"), _text_model(root / name, entry[1], variant, device, dtype))
-        )
-    if not pairs:
+        parts.append((name, str(entry[1])))
+    if not parts:
         raise CheckpointError(f"{root}: model_index.json names no text encoder; the edit needs one")
+    return parts
+
+
+def _load_encoder(
+    root: Path, index: Mapping[str, Any], variant: str | None, device: str, dtype: torch.dtype | None, progress: bool
+) -> PromptEncoder:
+    pairs = []
+    for name, kind in encoder_parts(root, index):
+        tokenizer = _tokenizer(root / name.replace("text_encoder", "tokenizer"))
+        pairs.append((tokenizer, _text_model(root / name, kind, variant, device, dtype)))
     return PromptEncoder(tuple(pairs), penultimate="text_encoder_2" in index, progress=progress)
 
 
@@ -231,7 +244,7 @@ def _tokenizer(folder: Path) -> Any:
 def _text_model(folder: Path, kind: str, variant: str | None, device: str, dtype: torch.dtype | None) -> Any:
     import transformers
 
-    pick, paths = _choose(folder, variant)
+    pick, paths = chosen_weights(folder, variant)
     for path in paths:
         file = open_tensors(path)
         for name in file.entries:

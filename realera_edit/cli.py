@@ -3,45 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
-import warnings
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from . import __version__
+from .cli_common import DTYPES, UNDO_NOTE, Command, F, check_output, output_options, print_result
+from .cli_edits import COMMANDS
 from .concepts import Concept, load_concepts, load_prompts
 from .config import EditConfig
-from .errors import CheckpointError, RealEraError, RealEraWarning
-
-F = TypeVar("F", bound=Callable[..., Any])
-DTYPES = ("float32", "float16", "bfloat16")
-
-
-class _Command(click.Command):
-    """A command whose own errors are one line on stderr and exit code 1."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        warnings.showwarning = _show_warning  # type: ignore[assignment]  # any further arguments are ignored
-        signal.signal(signal.SIGTERM, _terminate)
-        try:
-            return super().invoke(ctx)
-        except RealEraError as error:
-            raise click.ClickException(str(error)) from error
-
-
-def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
-    if issubclass(category, RealEraWarning):
-        click.echo(f"Warning: {message}", err=True)
-
-
-def _terminate(*_: Any) -> None:
-    raise SystemExit(143)  # unwinds the stack, so that temporary files go
 
 
 def config_options(command: F) -> F:
@@ -61,19 +34,6 @@ def config_options(command: F) -> F:
     return command
 
 
-def output_options(command: F) -> F:
-    """Options of every command that writes a folder or prints a record."""
-    for option in reversed(
-        (
-            click.option("--force", is_flag=True, help="Replace OUT if it exists."),
-            click.option("--json", "as_json", is_flag=True, help="Print the record as one JSON object."),
-            click.option("--quiet", "-q", is_flag=True, help="Print nothing but warnings and errors."),
-        )
-    ):
-        command = option(command)
-    return command
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="realera-edit")
 def cli() -> None:
@@ -83,13 +43,25 @@ def cli() -> None:
     realera-edit erase MODEL "Van Gogh" -o OUT
     realera-edit inspect OUT
     realera-edit undo OUT -o RESTORED
+
+    The edit by itself is a small file, for any model with the same text encoder:
+
+    \b
+    realera-edit erase MODEL "Van Gogh" --save-edit EDIT.safetensors
+    realera-edit apply EDIT.safetensors FINE_TUNE -o OUT
+    realera-edit export-lora EDIT.safetensors MODEL -o LORA.safetensors
     """
 
 
-@cli.command(cls=_Command)
+@cli.command(cls=Command)
 @click.argument("model")
 @click.argument("names", nargs=-1, metavar="[CONCEPT]...")
-@click.option("--output", "-o", "out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--output", "-o", "out", type=click.Path(path_type=Path), help="Folder to write.")
+@click.option(
+    "--save-edit",
+    type=click.Path(path_type=Path),
+    help="Write the edit by itself, a .safetensors for `apply`; with --output or in place of it.",
+)
 @click.option("--to", "target", help="What the concepts become.  [default: by kind]")
 @click.option("--alias", "aliases", multiple=True, help="Another name of the one concept given; repeatable.")
 @click.option(
@@ -111,7 +83,7 @@ def cli() -> None:
 @click.option("--link", is_flag=True, help="Hard-link the unedited weights in place of copying them.")
 @click.option("--undo/--no-undo", default=True, show_default=True, help="Keep the original weights for `undo`.")
 @output_options
-def erase(model: str, names: tuple[str, ...], out: Path, **options: Any) -> None:
+def erase(model: str, names: tuple[str, ...], out: Path | None, save_edit: Path | None, **options: Any) -> None:
     """Write a copy of MODEL that no longer draws each CONCEPT.
 
     MODEL is a diffusers folder or a hub id. It is never changed.
@@ -119,7 +91,10 @@ def erase(model: str, names: tuple[str, ...], out: Path, **options: Any) -> None
     \b
     realera-edit erase ./sd15 "Van Gogh" "Picasso" --to "a painting" --preserve "Monet" -o ./no-painters
     realera-edit erase ./sdxl --concepts celebrities.csv --preserve-file keep.txt -o ./safe
+    realera-edit erase ./sd15 "Van Gogh" --save-edit no-van-gogh.safetensors
     """
+    if out is None and save_edit is None:
+        raise click.UsageError("Missing option '--output' / '-o' (or '--save-edit').")
     quiet, force, as_json = (options.pop(name) for name in ("quiet", "force", "as_json"))
     link, undo, dtype = (options.pop(name) for name in ("link", "undo", "dtype"))
     concepts = _gather(names, options.pop("concepts_file"), options.pop("aliases"))
@@ -127,7 +102,9 @@ def erase(model: str, names: tuple[str, ...], out: Path, **options: Any) -> None
     preserve += load_prompts(path) if (path := options.pop("preserve_file")) else []
     prior = load_prompts(path) if (path := options.pop("prior_file")) else []
     config = EditConfig(**{spec.name: options.pop(spec.name) for spec in fields(EditConfig)})
-    _check_output(out, force)
+    for path in (out, save_edit):
+        if path is not None:
+            check_output(path, force)
     import torch
 
     from .edit import edit_model
@@ -142,29 +119,37 @@ def erase(model: str, names: tuple[str, ...], out: Path, **options: Any) -> None
         progress=not quiet and not as_json,
         **options,
     )
-    result.save(out, force=force, link=link, undo=undo)
-    note = f"\nwritten    {out}" + ("   (holds the originals for undo; --no-undo before you publish)" if undo else "")
-    _print(result.to_dict(), result.report() + note, as_json, quiet)
+    note = ""
+    if save_edit is not None:
+        note += f"\nwritten    {result.save_edit(save_edit, force=force)}   (the edit, for `apply`)"
+    if out is not None:
+        result.save(out, force=force, link=link, undo=undo)
+        note += f"\nwritten    {out}" + (UNDO_NOTE if undo else "")
+    print_result(result.to_dict(), result.report() + note, as_json, quiet)
 
 
-@cli.command(cls=_Command)
+@cli.command(cls=Command)
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the record as one JSON object.")
 def inspect(path: Path, as_json: bool) -> None:
-    """Print what was erased from PATH: an edited folder, or one of its weight files.
+    """Print what was erased from PATH: an edited folder, one of its weight files, or an edit file.
 
     \b
     realera-edit inspect ./no-painters
+    realera-edit inspect no-van-gogh.safetensors
     """
     from .provenance import inspect_path
-    from .report import render
+    from .report import render, render_edit
 
     data = inspect_path(path)
-    text = render(data) if "projections" in data else json.dumps(data, indent=1, ensure_ascii=False)
-    _print(data, text, as_json, False)
+    if "encoders" in data:
+        text = render_edit(data)
+    else:
+        text = render(data) if "projections" in data else json.dumps(data, indent=1, ensure_ascii=False)
+    print_result(data, text, as_json, False)
 
 
-@cli.command(cls=_Command)
+@cli.command(cls=Command)
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--output", "-o", "out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @output_options
@@ -174,11 +159,11 @@ def undo(path: Path, out: Path, force: bool, as_json: bool, quiet: bool) -> None
     \b
     realera-edit undo ./no-painters -o ./restored
     """
-    _check_output(out, force)
+    check_output(out, force)
     from .provenance import undo_folder
 
     undo_folder(path, out, force=force, progress=not quiet and not as_json)
-    _print({"restored": str(out)}, f"restored   {out}", as_json, quiet)
+    print_result({"restored": str(out)}, f"restored   {out}", as_json, quiet)
 
 
 @cli.command()
@@ -197,6 +182,10 @@ def completion(shell: str) -> None:
     click.echo(found(cli, {}, "realera-edit", "_REALERA_EDIT_COMPLETE").source())
 
 
+for _command in COMMANDS:
+    cli.add_command(_command)
+
+
 def _gather(names: tuple[str, ...], path: Path | None, aliases: tuple[str, ...]) -> list[Concept]:
     if not names and path is None:
         raise click.UsageError(
@@ -208,19 +197,6 @@ def _gather(names: tuple[str, ...], path: Path | None, aliases: tuple[str, ...])
         )
     given = [Concept(" ".join(name.split()), aliases=tuple(aliases)) for name in names]
     return given + (load_concepts(path) if path else [])
-
-
-def _check_output(out: Path, force: bool) -> None:
-    """Fail before the work, not after it."""
-    if os.path.exists(out) and not force:  # unlike Path.exists, never raises
-        raise CheckpointError(f"{out}: already exists; choose another output, or replace it with --force")
-
-
-def _print(data: dict[str, Any], text: str, as_json: bool, quiet: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(data, ensure_ascii=False))
-    elif not quiet:
-        click.echo(text)
 
 
 def main() -> None:

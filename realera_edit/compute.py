@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .algebra import rounded
 from .anchors import Anchors, build_anchors
 from .concepts import Concept
 from .config import EditConfig
@@ -148,7 +149,9 @@ def _solve(pairs: Pairs, keep: Keep, wanted: Tensor, config: EditConfig) -> Solu
     if config.perturbation == "isotropic":
         region = Region(pairs.x.shape[1], config.radius, config.cos_min, config.cos_max)
         clouds = Clouds(pairs, region, config.perturbation_weight, config.samples, config.seed)
-    return solve(pairs, keep, residual=wanted.to(pairs.x.device), ridge=config.ridge, clouds=clouds)
+    solution = solve(pairs, keep, residual=wanted.to(pairs.x.device), ridge=config.ridge, clouds=clouds)
+    # what is measured, applied and stored in an edit file is one and the same factor
+    return replace(solution, factor=rounded(solution.factor))
 
 
 def space_report(solution: Solution) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from .pipeline import LoadedPipeline
 from .projections import selected
 from .provenance import RECORD, UNDO, header_metadata, record, write_undo
 from .report import render
-from .writer import copy_rest, edited_tensors, staged
+from .writer import check_outside, copy_rest, edited_tensors, staged
 
 # A residual this far above the wanted one is worth a warning.
 RESIDUAL_SLACK = 0.1
@@ -56,6 +56,17 @@ class EditResult:
         else:
             self._save_pipeline(self.source, out, force)
         return out
+
+    def save_edit(self, path: str | Path, *, force: bool = False) -> Path:
+        """Write the edit by itself, as a `.safetensors` of its factors (`EditFile`), for `apply_edit` on other models.
+
+        `force` replaces an existing file. Raises `CheckpointError`.
+        """
+        from .editfile import EditFile
+
+        if isinstance(self.source, Checkpoint):
+            check_outside(Path(path), self.source.root)
+        return EditFile.of(self).save(path, force=force)
 
     def undo(self) -> None:
         """Restore a loaded pipeline to the bit. `CheckpointError` for a folder: it was never changed."""
@@ -113,7 +124,7 @@ class EditResult:
                     header_metadata(self),
                     edited_tensors(file, chosen[relative], product, hashes),
                 )
-            _check_changed(source.where, self.tensors)
+            check_changed(source.where, self.tensors)
             if undo:
                 write_undo(folder / UNDO, source.root, chosen)
             (folder / RECORD).write_text(
@@ -142,7 +153,8 @@ def apply_by_role(edit: Edit, roles: Sequence[str], weights: Sequence[Tensor]) -
     return result
 
 
-def _check_changed(where: str, tensors: Mapping[str, Mapping[str, Mapping[str, str]]]) -> None:
+def check_changed(where: str, tensors: Mapping[str, Mapping[str, Mapping[str, str]]]) -> None:
+    """`ConceptError` where every weight is as it was before: rounding ate the edit."""
     pairs = [pair for file in tensors.values() for pair in file.values()]
     if pairs and all(pair["before"] == pair["after"] for pair in pairs):
         raise ConceptError(
@@ -200,7 +212,7 @@ def edit_model(
     _warn(result)
     if isinstance(source, LoadedPipeline):
         result.tensors = source.apply(edit, selection)
-        _check_changed(source.where, result.tensors)
+        check_changed(source.where, result.tensors)
     return result
 
 

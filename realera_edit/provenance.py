@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 RECORD = "realera_edit.json"
 UNDO = UNDO_FILE
 METADATA_KEY = "realera_edit"
+EDIT_FILE_KEY = "realera_edit_file"
 _SIDES = ("before", "after")
 
 
@@ -102,7 +103,7 @@ def write_undo(path: Path, root: Path, chosen: Mapping[str, Sequence[str]]) -> N
 
 
 def inspect_path(path: str | Path) -> dict[str, Any]:
-    """The record of an edited folder, or the recipe in an edited weight file's header. `CheckpointError` if none."""
+    """The record of an edited folder, an edit file, or an edited weight file's header. `CheckpointError` if none."""
     path = Path(path)
     if path.is_dir():
         if not (path / RECORD).is_file():
@@ -111,7 +112,12 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
         _check_record(path / RECORD, data)
         data["undo"] = (path / UNDO).is_file()
         return data
-    text = open_tensors(path).metadata.get(METADATA_KEY)
+    metadata = open_tensors(path).metadata
+    if EDIT_FILE_KEY in metadata:
+        from .editfile import EditFile
+
+        return EditFile.load(path).to_dict()
+    text = metadata.get(METADATA_KEY)
     if text is None:
         raise CheckpointError(f"{path}: its header has no record of an edit")
     try:

@@ -46,9 +46,7 @@ def staged(out: Path, *, force: bool, needed: int, source: Path | None = None) -
         _check_place(out, parent, force, source)
         parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(parent, prefix, out)
-        free = shutil.disk_usage(parent).free
-        if needed > free:
-            raise CheckpointError(f"{parent}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB free; make room")
+        _check_space(parent, needed)
         with _own_folder(parent, prefix) as temporary:
             yield temporary
             _sync(temporary)
@@ -63,15 +61,63 @@ def staged(out: Path, *, force: bool, needed: int, source: Path | None = None) -
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def staged_file(
+    out: Path, *, force: bool, needed: int, publish: Callable[[Path, Path, bool], None] | None = None
+) -> Iterator[Path]:
+    """A path in a temporary folder beside `out`; what is written there becomes the file `out` when the block ends well.
+
+    As `staged`, for one file: OUT is absent, the old file, or the whole new one. `publish` (in place of `publish_file`)
+    may put further files of the temporary folder beside it. Raises `CheckpointError`.
+    """
+    parent = out.absolute().parent
+    prefix = f".{out.name}.realera-"
+    temporary = None
+    try:
+        if out.is_symlink() or (out.exists() and not out.is_file()):
+            raise CheckpointError(f"{out}: exists and is not a file; choose another output")
+        _check_free(out, parent, force)
+        parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(parent, prefix, out)
+        _check_space(parent, needed)
+        with _own_folder(parent, prefix) as temporary:
+            path = temporary / out.name
+            yield path
+            _sync(temporary)
+            (publish or publish_file)(path, out, force)
+        _sync_folder(parent)
+    except OSError as error:
+        raise CheckpointError(f"{out}: cannot be written: {_explain(error)}") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _check_place(out: Path, parent: Path, force: bool, source: Path | None) -> None:
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise CheckpointError(f"{out}: exists and is not a folder; choose another output")
     if source is not None:
+        check_outside(out, source)
         here, there = out.absolute().resolve(), source.resolve()
-        if here == there or there in here.parents:
-            raise CheckpointError(f"{out}: is or lies in the input, which is never changed; choose another output")
         if here in there.parents and out.exists():
             raise CheckpointError(f"{out}: holds the input {source}, and cannot be replaced; choose another output")
+    _check_free(out, parent, force)
+
+
+def check_outside(out: Path, source: Path) -> None:
+    """Raise `CheckpointError` where `out` is the input `source`, or lies in it."""
+    here, there = out.absolute().resolve(), source.resolve()
+    if here == there or there in here.parents:
+        raise CheckpointError(f"{out}: is or lies in the input, which is never changed; choose another output")
+
+
+def _check_space(parent: Path, needed: int) -> None:
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise CheckpointError(f"{parent}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB free; make room")
+
+
+def _check_free(out: Path, parent: Path, force: bool) -> None:
     if out.exists() and not force:
         raise CheckpointError(f"{out}: already exists; choose another output, or replace it with --force")
     for folder in (parent, *parent.parents):
@@ -110,6 +156,20 @@ def _publish(temporary: Path, out: Path, force: bool) -> None:
                 shutil.rmtree(aside, ignore_errors=True)
     else:
         os.rename(temporary, out)
+
+
+def publish_file(path: Path, out: Path, force: bool) -> None:
+    """Move the whole file `path` to `out`; without `force` never over a file that is there."""
+    if not force:
+        try:
+            os.link(path, out)  # unlike a rename, this never replaces a file that has appeared meanwhile
+            return
+        except FileExistsError:
+            raise
+        except OSError:  # the file system has no hard links
+            if out.exists():
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(out)) from None
+    os.replace(path, out)
 
 
 def _umask() -> int:

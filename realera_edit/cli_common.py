@@ -1,0 +1,70 @@
+"""What the commands share: errors as one line, warnings on stderr, options of the output, printing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from .errors import CheckpointError, RealEraError, RealEraWarning
+
+F = TypeVar("F", bound=Callable[..., Any])
+DTYPES = ("float32", "float16", "bfloat16")
+UNDO_NOTE = "   (holds the originals for undo; --no-undo before you publish)"
+
+
+class Command(click.Command):
+    """A command whose own errors are one line on stderr and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        warnings.showwarning = _show_warning  # type: ignore[assignment]  # any further arguments are ignored
+        signal.signal(signal.SIGTERM, _terminate)
+        try:
+            return super().invoke(ctx)
+        except RealEraError as error:
+            raise click.ClickException(str(error)) from error
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    if issubclass(category, RealEraWarning):
+        click.echo(f"Warning: {message}", err=True)
+
+
+def _terminate(*_: Any) -> None:
+    raise SystemExit(143)  # unwinds the stack, so that temporary files go
+
+
+def output_options(command: F) -> F:
+    """Options of every command that writes a folder or prints a record."""
+    for option in reversed(
+        (
+            click.option("--force", is_flag=True, help="Replace OUT if it exists."),
+            click.option("--json", "as_json", is_flag=True, help="Print the record as one JSON object."),
+            click.option("--quiet", "-q", is_flag=True, help="Print nothing but warnings and errors."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def check_output(out: Path, force: bool, inputs: Sequence[Path] = ()) -> None:
+    """Fail before the work, not after it."""
+    for path in inputs:
+        if os.path.exists(out) and os.path.exists(path) and os.path.samefile(out, path):
+            raise CheckpointError(f"{out}: is the input, which is never changed; choose another output")
+    if os.path.exists(out) and not force:  # unlike Path.exists, never raises
+        raise CheckpointError(f"{out}: already exists; choose another output, or replace it with --force")
+
+
+def print_result(data: dict[str, Any], text: str, as_json: bool, quiet: bool) -> None:
+    """The record as one JSON object, or the text, or nothing."""
+    if as_json:
+        click.echo(json.dumps(data, ensure_ascii=False))
+    elif not quiet:
+        click.echo(text)

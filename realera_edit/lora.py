@@ -1,0 +1,273 @@
+"""An edit as a LoRA of one checkpoint: dW = W (M - I) of each projection, in the layouts that pipelines and UIs read.
+
+`diffusers`: `unet.<path>.lora_A.weight` (down) and `lora_B.weight` (up), as `pipe.load_lora_weights` reads them.
+`kohya`: `lora_unet_<path>.lora_down.weight`, `.lora_up.weight`, `.alpha`, for A1111, Forge and ComfyUI; the path is
+diffusers' own for Stable Diffusion 1.x and 2.x, and the original U-Net's for XL, as kohya's trainer writes them.
+`full`: `lora_unet_<path>.diff`, the whole dW, for UIs that read it (A1111, ComfyUI).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import __version__
+from .algebra import approximate
+from .checkpoint import Checkpoint, Denoiser, chosen_weights
+from .editfile import EditFile
+from .errors import CheckpointError, ConfigError, RealEraWarning
+from .projections import POOLED, Projection, selected
+from .provenance import METADATA_KEY
+from .solve import Factor
+from .tensorfile import DTYPES, TensorFile, all_finite, to_bytes, write_tensors
+from .transfer import open_target
+from .writer import check_outside, staged_file
+
+FORMATS = ("diffusers", "kohya", "full")
+# Energy that is kept of a dense edit where neither a rank nor an energy is asked for.
+DENSE_ENERGY = 0.99
+# kohya's own default.
+ALPHA = 1.0
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_BLOCK = re.compile(r"^(down_blocks|up_blocks)\.(\d+)\.attentions\.(\d+)\.(.+)$")
+_MIDDLE = "mid_block.attentions.0."
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One exported layer: its name in the U-Net, the rank that was kept, and |dW - up down|_F / |dW|_F as stored."""
+
+    name: str
+    rank: int
+    lost: float
+
+
+@dataclass(frozen=True)
+class LoraReport:
+    """What an export wrote, and what it left out."""
+
+    path: str
+    format: str
+    bytes: int
+    layers: tuple[Layer, ...]
+    left_out: tuple[str, ...]
+
+    @property
+    def worst(self) -> float:
+        """The greatest relative error of any layer."""
+        return max(layer.lost for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "worst": self.worst}
+
+    def report(self) -> str:
+        """The export as text: each layer with its rank and what was lost."""
+        lines = [f"{layer.name:<72} rank {layer.rank:>4}   lost {layer.lost:.1e}" for layer in self.layers]
+        lines += [f"{name:<72} left out" for name in self.left_out]
+        ranks = [layer.rank for layer in self.layers]
+        total = f"{len(self.layers)} layers, rank {min(ranks)} to {max(ranks)}, {self.bytes:,} bytes"
+        return "\n".join([*lines, f"written    {self.path}   ({self.format}, {total}, at most {self.worst:.1e} lost)"])
+
+
+def export_lora(
+    edit: EditFile | str | Path,
+    model: str | Path,
+    out: str | Path,
+    *,
+    format: str = "diffusers",
+    rank: int | None = None,
+    energy: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
+    revision: str | None = None,
+    force_encoder: bool = False,
+    force: bool = False,
+) -> LoraReport:
+    """Write `edit` as a LoRA of `model` (an unedited folder or hub id), to be loaded on top of it at scale 1.
+
+    Each layer is the best approximation of W (M - I) of its rank in the Frobenius norm. `rank`: the most that is kept
+    of each layer; `energy`: keep the least rank that holds this share of each layer's squared norm. With neither, a
+    low-rank edit is exact (up to `dtype`) and a dense one keeps 99 %, a relative error of at most 0.1. The scale at
+    which the LoRA is loaded is a dial: s gives W (I + s (M - I)). Raises `ConfigError`, `CheckpointError`,
+    `ProjectionError`.
+    """
+    _check_options(format, rank, energy, dtype)
+    file = edit if isinstance(edit, EditFile) else EditFile.load(edit)
+    out = Path(out)
+    source = open_target(file, model, variant=variant, revision=revision, force_encoder=force_encoder)
+    if not isinstance(source, Checkpoint) or not source.root.is_dir():
+        raise CheckpointError(
+            f"{source.where}: a LoRA is exported for a diffusers folder; give its path, or convert it "
+            "with StableDiffusionPipeline.from_single_file(...).save_pretrained(...)"
+        )
+    check_outside(out, source.root)
+    unet = next(denoiser for denoiser in source.denoisers if denoiser.name == "unet")
+    others = tuple(denoiser.name for denoiser in source.denoisers if denoiser.name != "unet")
+    if others:
+        warnings.warn(f"{source.where}: a LoRA reaches the U-Net alone, not {', '.join(others)}", RealEraWarning, 2)
+    wanted = selected(unet.projections, file.config.edit, file.config.pooled)
+    files = _weights(source, unet, variant)
+    plan = _Plan(file, unet.config, format, rank, energy, dtype)
+    tensors: dict[str, tuple[str, tuple[int, ...], Callable[[], Any]]] = {}
+    for projection in wanted:
+        tensors |= plan.layer(projection, files[projection.name])
+    needed = sum(_size(shape) * dtype.itemsize for _, shape, _ in tensors.values())
+    with staged_file(out, force=force, needed=needed) as temporary:
+        write_tensors(temporary, tensors, plan.metadata())
+    report = LoraReport(str(out), format, out.stat().st_size, tuple(plan.layers), others)
+    _warn(report)
+    return report
+
+
+def original_path(path: str, layers: int) -> str:
+    """The path of a module in the original (LDM) U-Net from its path in diffusers'; `layers`: layers_per_block.
+
+    down_blocks.i.attentions.j -> input_blocks.{(layers + 1) i + j + 1}.1, up_blocks.i.attentions.j ->
+    output_blocks.{(layers + 1) i + j}.1, mid_block.attentions.0 -> middle_block.1, add_embedding.linear_1 ->
+    label_emb.0.0. Raises `CheckpointError` for a module that has no place there.
+    """
+    if path == POOLED.removesuffix(".weight"):
+        return "label_emb.0.0"
+    if path.startswith(_MIDDLE):
+        return "middle_block.1." + path[len(_MIDDLE) :]
+    match = _BLOCK.match(path)
+    if match is None:
+        raise CheckpointError(f"{path}: has no place in the original U-Net; export with --format diffusers")
+    place, block, number, rest = match.groups()
+    at = (layers + 1) * int(block) + int(number)
+    return f"input_blocks.{at + 1}.1.{rest}" if place == "down_blocks" else f"output_blocks.{at}.1.{rest}"
+
+
+class _Plan:
+    """The tensors of an export, layer by layer, and what was lost of each."""
+
+    def __init__(
+        self,
+        file: EditFile,
+        config: Mapping[str, Any],
+        format: str,
+        rank: int | None,
+        energy: float | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self.file, self.config, self.format, self.rank, self.dtype = file, config, format, rank, dtype
+        self.energy = energy
+        self.layers: list[Layer] = []
+
+    def layer(
+        self, projection: Projection, file: TensorFile
+    ) -> dict[str, tuple[str, tuple[int, ...], Callable[[], Any]]]:
+        """Name -> (dtype, shape, bytes) of one layer's tensors."""
+        path = projection.name.removesuffix(".weight")
+        factor = self.file.factor(projection.role)
+        shape = file.entries[projection.name].shape
+        if self.format == "full":
+            # only when it is written: the differences of a large model together do not fit into memory
+            return {f"{self.key(path)}.diff": (_NAMES[self.dtype], shape, lambda: self.whole(path, file, factor))}
+        weight = file.read(projection.name)[:, : factor.width].to(torch.float64)
+        exact = factor.right is not None
+        default = DENSE_ENERGY if self.rank is None and not exact else None
+        up, down = approximate(weight, factor, self.rank, default if self.energy is None else self.energy)
+        rank = up.shape[1]
+        # kohya's readers multiply by alpha / rank. One alpha for all layers, since diffusers mixes up different ones
+        factor_up = 1.0 if self.format == "diffusers" else rank / ALPHA
+        up, down = self.cast(up * factor_up, path), self.cast(down, path)
+        change = weight @ factor.delta()
+        lost = float((up.double() / factor_up @ down.double() - change).norm() / change.norm().clamp_min(1e-300))
+        self.layers.append(Layer(path, rank, lost))
+        if factor.width < shape[1]:  # the pooled path: its other columns are size ids
+            down = torch.cat([down, down.new_zeros(len(down), shape[1] - factor.width)], dim=1)
+        key = self.key(path)
+        if self.format == "diffusers":
+            named = {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
+        else:
+            named = {
+                f"{key}.alpha": torch.tensor(ALPHA, dtype=self.dtype),
+                f"{key}.lora_down.weight": down,
+                f"{key}.lora_up.weight": up,
+            }
+        return {name: (_NAMES[self.dtype], tuple(t.shape), functools.partial(to_bytes, t)) for name, t in named.items()}
+
+    def whole(self, path: str, file: TensorFile, factor: Factor) -> Any:
+        """The bytes of one whole dW."""
+        weight = file.read(f"{path}.weight").to(torch.float64)
+        text = weight[:, : factor.width]
+        change = text @ factor.delta() if factor.right is None else (text @ factor.left) @ factor.right
+        stored = self.cast(change, path)
+        lost = float((stored.double() - change).norm() / change.norm().clamp_min(1e-300))
+        self.layers.append(Layer(path, min(factor.rank, *change.shape), lost))
+        return to_bytes(torch.cat([stored, stored.new_zeros(len(stored), weight.shape[1] - factor.width)], dim=1))
+
+    def cast(self, tensor: Tensor, path: str) -> Tensor:
+        stored = tensor.to(self.dtype)
+        if not all_finite(stored):
+            raise ConfigError(f"{path}: the LoRA overflows {self.dtype}; use --dtype float32 or bfloat16")
+        return stored
+
+    def key(self, path: str) -> str:
+        """The name of a layer in the chosen format."""
+        if self.format == "diffusers":
+            return f"unet.{path}"
+        if self.config.get("addition_embed_type") == "text_time":
+            layers = self.config.get("layers_per_block", 2)
+            if not isinstance(layers, int):
+                raise CheckpointError(
+                    f"layers_per_block = {layers}: no such U-Net in the original layout; export with --format diffusers"
+                )
+            path = original_path(path, layers)
+        return "lora_unet_" + path.replace(".", "_")
+
+    def metadata(self) -> dict[str, str]:
+        """What goes into the file's header."""
+        recipe = {
+            "version": __version__,
+            "lora": self.format,
+            "concepts": [{"name": c.name, "target": c.target, "aliases": list(c.aliases)} for c in self.file.concepts],
+            "config": self.file.config.to_dict(),
+        }
+        return {"format": "pt", METADATA_KEY: json.dumps(recipe, ensure_ascii=False)}
+
+
+def _check_options(format: str, rank: int | None, energy: float | None, dtype: torch.dtype) -> None:
+    if format not in FORMATS:
+        raise ConfigError(f"format = {format!r}: expected one of {', '.join(FORMATS)}")
+    if rank is not None and energy is not None:
+        raise ConfigError("rank and energy are both given: each decides how much is kept; give one of them")
+    if format == "full" and (rank is not None or energy is not None):
+        raise ConfigError("format full holds the whole change; rank and energy have no meaning there, leave them out")
+    if rank is not None and rank < 1:
+        raise ConfigError(f"rank = {rank}: expected at least 1")
+    if energy is not None and not 0 < energy <= 1:
+        raise ConfigError(f"energy = {energy}: expected more than 0, at most 1")
+    if dtype not in _NAMES:
+        raise ConfigError(f"dtype = {dtype}: expected float32, float16, bfloat16 or float64")
+
+
+def _weights(source: Checkpoint, unet: Denoiser, variant: str | None) -> dict[str, TensorFile]:
+    """Weight name -> the file that holds it, among those of the variant that a pipeline would load."""
+    _, paths = chosen_weights(source.root / unet.name, variant)
+    return {name: file for file in unet.files if file.path in paths for name in file.entries}
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def _warn(report: LoraReport) -> None:
+    worst = max(report.layers, key=lambda layer: layer.lost)
+    if worst.lost > 1e-2:
+        warnings.warn(
+            f"the LoRA is a truncation: up to {worst.lost:.1%} of a layer's change is lost ({worst.name}); raise rank "
+            "or energy, or use --format full",
+            RealEraWarning,
+            stacklevel=3,
+        )
