@@ -1,0 +1,295 @@
+"""Our edit and its peers on the same concepts, pictures and judge, in one table.
+
+`python -m benchmarks.compare --model DIR --editors ours uce rece mace speed realera --concepts 1 10 --draws 5` draws
+nested sets of concepts, edits the model with each editor and measures it with `benchmarks.quality`. A peer's name alone
+stands for its published settings, with "+" it is given our contexts, positions, prior and target. All editors are told
+the same half of the remaining concepts to retain; acc_s and acc_n_unseen are taken on the other half.
+Each row is appended to a JSONL file as soon as it is there, and a row that is there already is not drawn again.
+
+The seconds are of the edit with a loaded model, text encoding included; the words' second moments come from the disk
+cache. Peers are our own implementations, which solve once for all layers: their authors' programs are slower.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import random
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import common
+from benchmarks.peers import PEERS, Options, given, vocabulary_prior
+from benchmarks.quality import Bench, Quality, Rate, Settings, load_pipeline, measure
+from benchmarks.reference_model.pictures import DEFAULT_CACHE
+from benchmarks.reference_model.rates import bootstrap
+from benchmarks.reference_model.splits import Split, split_of
+from realera_edit import Concept, EditConfig, RealEraError, RealEraWarning, edit_model
+from realera_edit.pipeline import LoadedPipeline
+
+EDITORS = ("ours", *(name + suffix for name in PEERS for suffix in ("", "+")))
+RATES = ("acc_e", "acc_g", "acc_s", "acc_n", "acc_n_unseen", "style_kept")
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Editor:
+    """A name of `EDITORS` with all that decides its edit; `prior`: it is given the words' second moments."""
+
+    name: str
+    settings: EditConfig | Options
+    prior: bool = False
+
+    def __call__(self, pipe: Any, concepts: Sequence[Concept], retain: Sequence[str]) -> None:
+        """Edit the pipeline in place."""
+        if isinstance(self.settings, EditConfig):
+            edit_model(pipe, concepts, preserve=retain, config=self.settings)
+            return
+        options = self.settings
+        if self.prior:
+            names = [name for concept in concepts for name in concept.names]
+            options = dataclasses.replace(options, prior=vocabulary_prior(pipe, names))
+        PEERS[self.name.removesuffix("+")].edit(pipe, concepts, retain, options)
+
+    def described(self) -> Row:
+        """The settings as plain JSON types."""
+        return {k: v for k, v in tidy(dataclasses.asdict(self.settings)).items() if k != "prior"}
+
+
+def make_editor(name: str, count: int, changes: Mapping[str, Any] | None = None) -> Editor:
+    """An editor for `count` concepts, with some of its settings changed. Raises `ValueError`."""
+    changed = {k: tuple(v) if isinstance(v, list) else v for k, v in (changes or {}).items()}
+    if name not in EDITORS:
+        raise ValueError(f"editor {name!r}: expected one of {', '.join(EDITORS)}")
+    try:
+        if name == "ours":
+            return Editor(name, EditConfig(**changed))
+        peer, plus = PEERS[name.removesuffix("+")], name.endswith("+")
+        options = peer.published(count)
+        options = given(options) if plus else options
+        return Editor(name, dataclasses.replace(options, **changed), plus or peer.needs_prior)
+    except TypeError as error:
+        raise ValueError(f"editor {name!r} has no such setting: {error}") from None
+
+
+def tidy(value: Any) -> Any:
+    """JSON types only, NaN as null."""
+    if isinstance(value, Mapping):
+        return {str(k): tidy(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [tidy(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def nested_sets(bench: Bench, split: Split, counts: Sequence[int], draw: int, seed: int) -> dict[int, list[str]]:
+    """Concepts that the model draws, also by an alias, in one random order; a set is the beginning of the next."""
+    labels = sorted(bench.qualified(split))
+    order = random.Random(f"{seed} {draw}").sample(labels, len(labels))
+    chosen: list[str] = []
+    for label in order:
+        if len(chosen) == max(counts):
+            break
+        if bench.drawn_aliases(label):
+            chosen.append(label)
+    if len(chosen) < max(counts):
+        raise ValueError(f"only {len(chosen)} {split} concepts take part, {max(counts)} were asked for")
+    return {count: chosen[:count] for count in counts}
+
+
+def retained(bench: Bench, split: Split, erased: Sequence[str]) -> list[str]:
+    """A fixed half of the concepts that stay."""
+    return [o for o in bench.qualified(split) if o not in erased and split_of(o + "#retain") == split]
+
+
+def read_rows(path: Path) -> dict[str, Row]:
+    """Key -> row of a results file. What an interruption left of a line is cut off."""
+    if not path.exists():
+        return {}
+    whole = path.read_bytes()
+    end = whole.rfind(b"\n") + 1
+    if end < len(whole):
+        os.truncate(path, end)
+    rows = [json.loads(line) for line in whole[:end].decode("utf-8").splitlines() if line]
+    return {row["key"]: row for row in rows}
+
+
+def append_row(path: Path, row: Row) -> None:
+    """Write a row to the disk before the next one is begun."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def key_of(bench: Bench, about: Row) -> str:
+    """What decides a row's figures, in a hash: model, judge, drawing, editor, settings and concepts."""
+    network = getattr(bench.judge, "network", None)
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()) if network is not None else ():
+        digest.update(name.encode() + value.contiguous().numpy().tobytes())
+    drawing = [bench.store.key, digest.hexdigest(), dataclasses.asdict(bench.settings)]
+    return hashlib.sha256(json.dumps([drawing, about], sort_keys=True).encode()).hexdigest()[:24]
+
+
+def figures(quality: Quality) -> Row:
+    """What a row keeps of a measurement: hits and counts, so that rows can be pooled."""
+    found = dataclasses.asdict(quality)
+    chosen = found.pop("chosen")
+    return tidy({**found, "aliases": chosen["aliases"], "far": chosen["far"], "far_kind": chosen["far_kind"]})
+
+
+def rows_of(
+    bench: Bench,
+    pipe: Any,
+    options: argparse.Namespace,
+    changes: Mapping[str, Mapping[str, Any]],
+    record: Row,
+) -> Iterator[Row]:
+    """Every row of a comparison, from the results file or measured now. `pipe`: a second copy of the model."""
+    names = {p.name for p in LoadedPipeline(pipe).projections}
+    originals = {n: p.data.clone() for n, p in pipe.unet.named_parameters() if n in names}
+    known = read_rows(options.results)
+    vocabulary_prior(pipe, [])  # into the disk cache, before anything is timed
+    for draw in range(options.draws):
+        sets = nested_sets(bench, options.split, options.concepts, draw, options.seed)
+        for count, erased in sets.items():
+            kept = retained(bench, options.split, erased)
+            for name in options.editors:
+                editor = make_editor(name, count, changes.get(name))
+                about = {"editor": name, "settings": editor.described(), "target": options.target}
+                about |= {"split": options.split, "judge": options.judge, "draw": draw, "concepts": count}
+                about |= {"erased": erased, "retain": kept}
+                key = key_of(bench, about)
+                if key not in known:
+                    concepts = [Concept(label, options.target) for label in erased]
+                    row = {"key": key, **about, **measured(bench, pipe, editor, concepts, kept, options.split)}
+                    with torch.no_grad():
+                        for n, p in pipe.unet.named_parameters():
+                            if n in originals:
+                                p.data.copy_(originals[n])
+                    known[key] = {**row, **record, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+                    append_row(options.results, known[key])
+                yield known[key]
+
+
+def measured(
+    bench: Bench, pipe: Any, editor: Editor, concepts: Sequence[Concept], kept: Sequence[str], split: Split
+) -> Row:
+    """Seconds of the edit and the figures of the edited model; an edit that fails leaves its message instead."""
+    try:
+        seconds, _ = common.timed(lambda: editor(pipe, concepts, kept), pipe.device.type)
+    except RealEraError as error:
+        return {"error": str(error)}
+    quality = measure(pipe, [concept.name for concept in concepts], bench, split, kept)
+    return {"edit_seconds": seconds, **figures(quality)}
+
+
+def pooled(rows: Sequence[Row]) -> Row:
+    """The rows of one editor and count of concepts as one: rates with Wilson's, H_4 with a bootstrap interval."""
+    good = [row for row in rows if "error" not in row]
+    line: Row = {"concepts": rows[0]["concepts"], "editor": rows[0]["editor"], "draws": len(good)}
+    for side, prefix in (("edited", ""), ("original", "unedited_")):
+        for name in RATES:
+            parts = [row[side][name] for row in good]
+            rate = Rate(sum(p["hits"] for p in parts), sum(p["count"] for p in parts))
+            line[prefix + name] = {"mean": rate.value, "ci": rate.interval, "count": rate.count}
+    for name in ("H_4", "H_o", "H_c"):
+        single = [v for row in good for c in row["by_concept"].values() if (v := c[name]) is not None]
+        mean = float(np.mean(single)) if single else float("nan")
+        line[name.lower()] = {"mean": mean, "ci": bootstrap(np.array(single)), "count": len(single)}
+    line["drift"] = float(np.mean([row["drift"] for row in good if row["drift"] is not None] or [np.nan]))
+    line["seconds"] = common.median([row["edit_seconds"] for row in good]) if good else float("nan")
+    return tidy(line)
+
+
+def summary(rows: Sequence[Row]) -> list[Row]:
+    """One pooled row for each count of concepts and editor, in the order of their first rows."""
+    groups: dict[tuple[int, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["concepts"], row["editor"]), []).append(row)
+    return [pooled(group) for _, group in sorted(groups.items(), key=lambda item: item[0][0])]
+
+
+def table(lines: Sequence[Row]) -> str:
+    """A Markdown table of the pooled rows, every rate with its 95 % interval, and the unedited model's beside them."""
+    columns = [*RATES, "h_4", "h_o"]
+    head = ["concepts", "editor", "draws", *columns, "drift", "seconds"]
+
+    def cell(part: Row) -> str:
+        if part["mean"] is None:
+            return "-"
+        return f"{part['mean']:.3f} [{part['ci'][0]:.3f}, {part['ci'][1]:.3f}]"
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    seen: set[int] = set()
+    for line in lines:
+        if line["concepts"] not in seen:
+            seen.add(line["concepts"])
+            before = [cell(line["unedited_" + name]) for name in RATES]
+            blank = ["-"] * (len(head) - 3 - len(before))
+            out.append("| " + " | ".join([str(line["concepts"]), "unedited", "-", *before, *blank]) + " |")
+        cells = [str(line["concepts"]), line["editor"], str(line["draws"]), *(cell(line[c]) for c in columns)]
+        out.append("| " + " | ".join([*cells, number(line["drift"]), number(line["seconds"])]) + " |")
+    return "\n".join(out)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, help="checkpoint folder with concepts.json, or emoji")
+    add("--editors", nargs="+", default=["ours", "uce", "rece", "mace", "speed", "realera"], choices=EDITORS)
+    add("--concepts", type=int, nargs="+", default=[1, 10], help="sizes of the nested sets")
+    add("--draws", type=int, default=5)
+    add("--split", choices=("development", "report"), default="development", help="of the concepts")
+    add("--judge", choices=("development", "report"), default="development")
+    add("--target", help="what every concept becomes  [default: each editor's own]")
+    add("--options", default="{}", help='settings to change, as JSON: {"uce": {"lamb": 0.1}}')
+    add("--results", type=Path, default=Path("benchmarks/results/compare.jsonl"), help="rows; a run goes on from them")
+    add("--cache", type=Path, default=DEFAULT_CACHE)
+    add("--seeds", type=int, default=4, help="pictures of each prompt")
+    add("--far", type=int, default=Settings.far, help="far concepts")
+    add("--seed", type=int, default=0, help="of the sets")
+    add("--threads", type=int, default=2)
+    add("--json", action="store_true", help="one JSON object in place of the table")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None, bench: Bench | None = None) -> None:
+    """Compare and print. `bench` may be one that is loaded already."""
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore", RealEraWarning)
+    if bench is None:
+        settings = Settings(seeds=tuple(range(options.seeds)), far=options.far)
+        bench = Bench(options.model, options.cache, options.judge, settings)
+    pipe = load_pipeline(options.model)
+    record = {"versions": common.versions(), "machine": common.machine(), "device": str(pipe.device)}
+    record |= {"threads": options.threads, "seed": options.seed}
+    record["command"] = "python -m benchmarks.compare " + " ".join(sys.argv[1:] if arguments is None else arguments)
+    rows = []
+    for row in rows_of(bench, pipe, options, json.loads(options.options), record):
+        rows.append(row)
+        shown = f"{row['concepts']} concepts, draw {row['draw']}, {row['editor']}"
+        print(f"{shown}: {row.get('error', 'done')}", file=sys.stderr, flush=True)
+    lines = summary(rows)
+    print(json.dumps({**record, "rows": lines}) if options.json else table(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Closed-form concept erasers from their papers' formulas, own implementations, behind one call.
+
+`PEERS[name]` holds `edit(pipe, concepts, retain, options)`, which changes a loaded pipeline in place, and
+`published(count)`, the options that its authors take for so many concepts. `given` adds our contexts, alignment, target
+and prior to those, so that a comparison is not one with a weak setting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from benchmarks.peers import mace, realera, rece, speed, uce
+from benchmarks.peers.common import ConceptLike, Options, vocabulary_prior
+from realera_edit.contexts import CONTEXTS, DEFAULT_TARGETS
+
+# SPEED's scripts change their settings for ten concepts and more.
+MANY = 10
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One method: its edit, its options by the number of concepts, and whether it needs a prior to be itself."""
+
+    edit: Callable[..., None]
+    published: Callable[[int], Options]
+    needs_prior: bool = False
+
+
+PEERS: dict[str, Peer] = {
+    "uce": Peer(uce.edit, lambda count: uce.UCE()),
+    "uce-all": Peer(uce.edit, lambda count: uce.UCEAllTokens()),
+    "rece": Peer(rece.edit, lambda count: rece.RECE()),
+    "mace": Peer(mace.edit, lambda count: mace.MACE(), needs_prior=True),
+    "speed": Peer(speed.edit, lambda count: speed.SPEED.many() if count >= MANY else speed.SPEED()),
+    "realera": Peer(realera.edit, lambda count: realera.RealEra()),
+}
+
+
+def given(options: Options, prior: Tensor | None = None, kind: str = "general", padding: int = 2) -> Options:
+    """A peer's options with our contexts, aligned positions, row weights, target and a prior in place of its own."""
+    ours: dict[str, Any] = {"contexts": CONTEXTS[kind], "tokens": "aligned", "padding": padding, "share": True}
+    return replace(options, **ours, guide=DEFAULT_TARGETS[kind], prior=prior)
+
+
+__all__ = ["PEERS", "ConceptLike", "Options", "Peer", "given", "vocabulary_prior"]

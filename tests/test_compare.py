@@ -1,0 +1,174 @@
+"""The comparison's bookkeeping, on a tiny random model with a judge that only counts pixels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from torch import Tensor
+
+from benchmarks import compare
+from benchmarks.quality import Bench, Settings
+from benchmarks.reference_model.pictures import Concept
+from benchmarks.reference_model.sampler import PictureStore, load_pipeline
+from benchmarks.reference_model.splits import Alias, split_of
+
+SMALL = Settings(1, 2.0, (0,), (100,), 0.0, 0.0, ("noto",), aliases=1, split_aliases=False, neighbours=2, far=3)
+
+
+class StubJudge:
+    """Sums pixels: the same picture gets the same answer, and another picture mostly another one."""
+
+    styles = ("noto", "fluent")
+
+    def __init__(self, labels: list[str]) -> None:
+        self.labels, self.index = tuple(labels), {label: i for i, label in enumerate(labels)}
+
+    def __call__(self, pictures: np.ndarray) -> tuple[Tensor, Tensor]:
+        sums = torch.as_tensor(pictures).long().flatten(1).sum(1)
+        return sums % len(self.labels), sums % 2
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A bench over the words of a tiny model, made without a download; its folder is `bench.model`."""
+    base = tmp_path_factory.mktemp("bench")
+    model = tiny_models.build_folder("sd1", base / "sd1", base / "scratch")
+    labels = [word for word in tiny_models.words() if split_of(word) == "development"][:24]
+    made: Any = Bench.__new__(Bench)
+    made.settings, made.judge, made.labels, made.model = SMALL, StubJudge(labels), labels, model
+    made.concepts = {label: Concept(label, i % 3, i % 5) for i, label in enumerate(labels)}
+    made.names = {label: (Alias(f"large {label}", False),) for label in labels}
+    made.pipe = load_pipeline(model)
+    made.store = PictureStore(made.pipe, base / "pictures.sqlite", SMALL.steps, SMALL.guidance)
+    made.similarity = made._similarity()
+    yield made
+    made.store.database.close()
+
+
+@pytest.fixture
+def run(bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """`run(*arguments, results=NAME)`: the printed JSON of one comparison."""
+
+    def call(*arguments: str, results: str = "rows.jsonl") -> Any:
+        fixed = ["--model", str(bench.model), "--results", str(tmp_path / results), "--threads", "1", "--json"]
+        compare.main([*fixed, *arguments], bench)
+        return json.loads(capsys.readouterr().out)
+
+    return call
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def test_rows_are_complete_and_a_run_resumes(
+    bench: Any, run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("--editors", "ours", "uce", "speed+", "--concepts", "1", "2", "--draws", "1")
+    first = run(*arguments)
+    rows = lines(tmp_path / "rows.jsonl")
+    assert [(row["concepts"], row["editor"]) for row in rows] == [
+        (count, name) for count in (1, 2) for name in ("ours", "uce", "speed+")
+    ]
+    assert rows[3]["erased"][:1] == rows[0]["erased"]  # nested
+    for row in rows:
+        assert row["edit_seconds"] > 0
+        assert not {*row["erased"]} & {*row["retain"], *row["far"]}
+        assert not {*row["retain"]} & {*row["far"]}
+        assert row["retain"]
+        assert row["versions"]["torch"] == torch.__version__
+        assert row["command"].startswith("python -m benchmarks.compare --model")
+        assert (row["threads"], row["seed"], row["device"]) == (1, 0, "cpu")
+        assert row["edited"]["acc_e"]["count"] == 3 * row["concepts"]
+    monkeypatch.setattr(compare, "measured", lambda *_: pytest.fail("a row was measured again"))
+    again = run(*arguments)
+    assert again["rows"] == first["rows"]
+    assert len(lines(tmp_path / "rows.jsonl")) == 6
+
+
+def test_each_editor_starts_from_the_unedited_model(run: Callable[..., Any], tmp_path: Path) -> None:
+    """A row does not depend on who was before it."""
+    run("--editors", "ours", "uce", "--concepts", "2", "--draws", "1", results="both.jsonl")
+    run("--editors", "uce", "--concepts", "2", "--draws", "1", results="one.jsonl")
+    both, one = lines(tmp_path / "both.jsonl")[1], lines(tmp_path / "one.jsonl")[0]
+    assert both["key"] == one["key"]
+    assert both["by_concept"] == one["by_concept"]
+    assert both["drift"] == pytest.approx(one["drift"], abs=1e-9)
+    assert both["drift"] > 0
+
+
+def test_a_torn_line_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    compare.append_row(path, {"key": "a", "value": 1})
+    with path.open("a") as file:
+        file.write('{"key": "b", "val')
+    assert compare.read_rows(path) == {"a": {"key": "a", "value": 1}}
+    compare.append_row(path, {"key": "c"})
+    assert [*compare.read_rows(path)] == ["a", "c"]
+
+
+def test_changed_settings_are_other_rows(bench: Any) -> None:
+    one, two = compare.make_editor("uce", 1), compare.make_editor("uce", 1, {"lamb": 0.1, "contexts": ["a {}"]})
+    assert two.described()["lamb"] == 0.1
+    assert two.described()["contexts"] == ["a {}"]
+    keys = {compare.key_of(bench, {"editor": e.name, "settings": e.described()}) for e in (one, two, one)}
+    assert len(keys) == 2
+    with pytest.raises(ValueError, match="'uce' has no such setting"):
+        compare.make_editor("uce", 1, {"lambda": 1})
+    with pytest.raises(ValueError, match="editor 'ace'"):
+        compare.make_editor("ace", 1)
+
+
+def test_settings_by_the_number_of_concepts() -> None:
+    assert compare.make_editor("speed", 1).described()["threshold"] == 1e-1
+    assert compare.make_editor("speed", 10).described()["threshold"] == 1e-4
+    assert compare.make_editor("mace", 1).prior
+    assert not compare.make_editor("uce", 1).prior
+    plus = compare.make_editor("uce+", 1)
+    assert plus.prior
+    assert plus.described()["tokens"] == "aligned"
+
+
+def test_a_failed_edit_is_a_row(run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise compare.RealEraError("no way")
+
+    monkeypatch.setattr(compare.Editor, "__call__", fails)
+    found = run("--editors", "uce", "--concepts", "1", "--draws", "1")
+    assert lines(tmp_path / "rows.jsonl")[0]["error"] == "no way"
+    assert found["rows"][0]["draws"] == 0
+    assert "| 1 | uce | 0 | - |" in compare.table(found["rows"])
+
+
+def test_rows_are_pooled() -> None:
+    def row(hits: int, h4: float | None) -> dict[str, Any]:
+        rates = {name: {"hits": hits, "count": 10} for name in compare.RATES}
+        single = {"x": {"H_4": h4, "H_o": 0.5, "H_c": 0.5}}
+        base = {"concepts": 1, "editor": "uce", "edited": rates, "original": rates, "by_concept": single}
+        return {**base, "drift": 0.1, "edit_seconds": 2.0}
+
+    found = compare.summary([row(2, 0.4), row(4, 0.8), row(9, None)])
+    assert len(found) == 1
+    assert found[0]["acc_e"]["mean"] == pytest.approx(0.5)
+    assert found[0]["acc_e"]["count"] == 30
+    assert found[0]["acc_e"]["ci"][0] == pytest.approx(0.3315, abs=1e-3)  # Wilson, 15 of 30
+    assert found[0]["h_4"]["mean"] == pytest.approx(0.6)
+    assert found[0]["h_4"]["count"] == 2
+    assert (found[0]["draws"], found[0]["seconds"]) == (3, 2.0)
+    assert "| 1 | unedited | - | 0.500 [0.332, 0.668] |" in compare.table(found)
+
+
+def test_too_few_concepts(bench: Any) -> None:
+    with pytest.raises(ValueError, match="were asked for"):
+        compare.nested_sets(bench, "development", [500], 0, 0)
+    nothing = SimpleNamespace(qualified=lambda _: ["a"], drawn_aliases=lambda _: ())
+    with pytest.raises(ValueError, match="only 0 development concepts"):
+        compare.nested_sets(nothing, "development", [1], 0, 0)
