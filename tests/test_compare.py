@@ -103,6 +103,11 @@ def test_each_editor_starts_from_the_unedited_model(run: Callable[..., Any], tmp
     assert both["by_concept"] == one["by_concept"]
     assert both["drift"] == pytest.approx(one["drift"], abs=1e-9)
     assert both["drift"] > 0
+    changed = ("--options", '{"uce": {"lamb": 1e9}}')
+    run("--editors", "uce", "--concepts", "2", "--draws", "1", *changed, results="one.jsonl")
+    added = lines(tmp_path / "one.jsonl")[1]
+    assert added["settings"]["lamb"] == 1e9
+    assert added["drift"] < 0.1 * one["drift"]
 
 
 def test_a_torn_line_is_cut_off(tmp_path: Path) -> None:

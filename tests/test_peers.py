@@ -158,6 +158,28 @@ def test_rece_rounds_make_the_best_attack_worse(build: Callable[..., Any], token
         assert torch.allclose(after, before[name] @ found[-1], atol=1e-6)
 
 
+def test_rece_round_defeats_the_attack_it_found() -> None:
+    """The embedding that a round found leads away from its target before the round, and to the target after it."""
+    rows, kept = toy()
+    q, options = second_moment(draws(30, 12, 3)), rece.RECE()
+    found = rece.factors(rows, 0.1 * second_moment(kept), q, options)
+    for before, after in pairwise(found):
+        attack = rece.adversarial(rows.x, before, q, options.regular_scale)
+        goal = rows.y @ before.T  # of the weights that the round edits
+        assert (attack @ after.T - goal).norm() < 0.2 * (attack @ before.T - goal).norm()
+
+
+def test_published_settings() -> None:
+    """As the papers' programs, scripts and model cards state them."""
+    assert (uce.UCE().erase_scale, uce.UCE().preserve_scale, uce.UCE().lamb) == (1.0, 1.0, 0.5)
+    assert (rece.RECE().rounds, rece.RECE().regular_scale, rece.RECE().tokens) == (5, 1e-3, "all")
+    assert (rece.RECE().erase_scale, rece.RECE().preserve_scale, rece.RECE().lamb) == (1.0, 0.1, 0.1)
+    assert (speed.SPEED().augment, speed.SPEED().threshold, speed.SPEED().roles) == (10, 1e-1, "v")
+    assert speed.SPEED().filter
+    assert not speed.SPEED.many().filter
+    assert mace.MACE().lamb == 0.0
+
+
 def test_rece_without_rounds_is_uce(build: Callable[..., Any]) -> None:
     one, two = build(), build()
     rece.edit(one, CONCEPTS, RETAIN, rece.RECE(rounds=0))
@@ -287,11 +309,23 @@ def test_realera_sampling_converges_to_the_moments() -> None:
     assert 8 < few / many < 32
 
 
-def test_realera_draws_are_neighbours_and_beyond() -> None:
+@pytest.mark.parametrize("which", [0, 1])
+def test_realera_cloud_is_the_mean_of_draws(which: int) -> None:
+    """Both moments to a percent, in a dimension so small that the cloud's mean is well off the state."""
+    rows, _ = toy(d=4)
+    region = realera.RealEra(radius=0.9, cos_min=0.6).regions(4)[which]
+    exact = realera.cloud(rows, region, 0, torch.Generator())
+    drawn = realera.cloud(rows, region, 100_000, torch.Generator().manual_seed(1))
+    for a, b in zip(exact, drawn, strict=True):
+        assert (a - b).norm() < 0.01 * a.norm()
+
+
+@pytest.mark.parametrize("d", [3, 48])
+def test_realera_draws_are_neighbours_and_beyond(d: int) -> None:
     options = realera.RealEra()
-    x = draws(1, 48, 0).repeat(500, 1)
+    x = draws(1, d, 0).repeat(500, 1)
     generator = torch.Generator().manual_seed(0)
-    near, far = (region.around(x, generator) for region in options.regions(48))
+    near, far = (region.around(x, generator) for region in options.regions(d))
     cosine = [torch.nn.functional.cosine_similarity(x, z) for z in (near, far)]
     assert ((near - x).norm(dim=1) <= options.radius * x.norm(dim=1) + 1e-9).all()
     assert options.cos_min - 1e-9 <= cosine[0].min()
@@ -359,8 +393,12 @@ def test_weights_of_a_name_are_shared(build: Callable[..., Any]) -> None:
     options = given(Options(), torch.eye(96))
     rows = erase_rows(encoder, [Concept("cat", "animal", aliases=("green lion",))], options)
     assert float(rows.weight.sum()) == pytest.approx(2)
-    assert float(kept_rows(encoder, RETAIN, options)[1].sum()) == pytest.approx(len(RETAIN))
-    assert not (rows.x[:, None] == states(build(), "")[0].float()).all(-1).any()  # the start token takes no part
+    kept, weight = kept_rows(encoder, RETAIN, options)
+    assert float(weight.sum()) == pytest.approx(len(RETAIN))
+    start = states(build(), "")[0]
+    assert (kept_rows(encoder, RETAIN, rece.RECE())[0] - start).norm(dim=1).min() < 1e-4
+    for found in (rows.x, kept):  # in our setting the start token takes no part
+        assert (found - start).norm(dim=1).min() > 1e-2
 
 
 def test_options_are_checked() -> None:
