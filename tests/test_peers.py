@@ -372,6 +372,22 @@ def test_each_edits_the_text_projections_alone(build: Callable[..., Any], name: 
     assert changed
 
 
+@pytest.mark.parametrize("name", PEERS)
+def test_given_our_setting_each_still_erases(build: Callable[..., Any], name: str) -> None:
+    """What is left of the concept in a context that it was erased in: less than with a word as heavy as a name."""
+    x, y = (last(build(), f"a photo of {phrase}") for phrase in ("cat", "animal"))
+    left = []
+    for changes in ({}, {"prior_weight": 1.0}):
+        pipe = build()
+        before = weights(pipe, "v")
+        options = replace(given(PEERS[name].published(1), vocabulary_prior(pipe, ["cat"], words=400)), **changes)
+        PEERS[name].edit(pipe, CONCEPTS[:1], RETAIN, options)
+        gaps = [(w @ x - before[n] @ y).norm() / (before[n] @ (x - y)).norm() for n, w in weights(pipe, "v").items()]
+        left.append(float(sum(gaps) / len(gaps)))
+    assert left[0] < 0.9
+    assert left[0] < left[1]
+
+
 def test_prior_holds_the_words(build: Callable[..., Any]) -> None:
     """With our prior UCE moves the vocabulary less; the erased word is not among what is held."""
     moved = {}

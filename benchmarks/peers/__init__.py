@@ -17,6 +17,8 @@ from benchmarks.peers import mace, realera, rece, speed, uce
 from benchmarks.peers.common import ConceptLike, Options, vocabulary_prior
 from realera_edit.contexts import CONTEXTS, DEFAULT_TARGETS
 
+# A word of the prior beside a retained name of weight one, as in ours. At 1 in place of it no peer erases anything.
+WORD_WEIGHT = 0.01
 # SPEED's scripts change their settings for ten concepts and more.
 MANY = 10
 
@@ -41,9 +43,13 @@ PEERS: dict[str, Peer] = {
 
 
 def given(options: Options, prior: Tensor | None = None, kind: str = "general", padding: int = 2) -> Options:
-    """A peer's options with our contexts, aligned positions, row weights, target and a prior in place of its own."""
+    """A peer's options with our contexts, aligned positions, row weights, target and a prior in place of its own.
+
+    The prior's weight is ours relative to a retained name; but ours also fits the erase weights to a wanted residual,
+    so choose `prior_weight` for each peer on development concepts before anything is claimed.
+    """
     ours: dict[str, Any] = {"contexts": CONTEXTS[kind], "tokens": "aligned", "padding": padding, "share": True}
-    return replace(options, **ours, guide=DEFAULT_TARGETS[kind], prior=prior)
+    return replace(options, **ours, guide=DEFAULT_TARGETS[kind], prior=prior, prior_weight=WORD_WEIGHT)
 
 
 __all__ = ["PEERS", "ConceptLike", "Options", "Peer", "given", "vocabulary_prior"]

@@ -8,7 +8,7 @@ depends on the layer, goes through them one by one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -45,6 +45,7 @@ class Options:
     templates with one "{}"; none is the bare name. `padding`: padding positions of "aligned" and "after" (None: all).
     `share`: the rows of one name, or of one kept entry, share a weight of one, as ours do; else each row counts one.
     `prior` [d, d]: a second moment of states to keep, in the solve with `prior_weight`. `roles`: "kv", "k" or "v".
+    `kept`: "same" keeps retained names in the contexts, where `tokens` says; "last" the bare name's last token.
     `empty`: where an empty guide has no last token, take the position before it ("start": the start token, which is
     what a program gets that counts back from the end) or after it ("end").
     """
@@ -57,10 +58,12 @@ class Options:
     prior: Tensor | None = None
     prior_weight: float = 1.0
     roles: str = "kv"
+    kept: str = "same"
     empty: str = "start"
 
     def __post_init__(self) -> None:
-        for name, known in (("tokens", TOKENS), ("roles", ("kv", "k", "v")), ("empty", ("start", "end"))):
+        choices = {"tokens": TOKENS, "roles": ("kv", "k", "v"), "kept": ("same", "last"), "empty": ("start", "end")}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: expected one of {', '.join(known)}")
 
@@ -115,6 +118,8 @@ def kept_rows(encoder: PromptEncoder, retain: Sequence[str], options: Options) -
 
     Of the contexts the first three are taken, as ours are. "aligned" and "after" leave out the start token.
     """
+    if options.kept == "last":
+        options = replace(options, tokens="last", contexts=())
     templates = options.contexts[:PRESERVE_CONTEXTS] or ("{}",)
     filled = [fill(template, name) for name in retain for template in templates]
     encoded = encoder.encode([f.prompt for f in filled], _padding(encoder, options))

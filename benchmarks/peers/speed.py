@@ -37,11 +37,13 @@ class SPEED(Options):
     From its scripts; for 10 to 100 concepts they take threshold 1e-4 and no filter (`many`). Our reading: `threshold`
     is an absolute bound on the eigenvalues of C0 C0^T; augmented keys pass the same filter as retained ones; noise is
     added along the `rank` least right singular vectors of W; all states of the empty prompt are invariant; the keys
-    are the last tokens. `prior` joins the objective as a soft term within the null space, of which it would leave
+    are the last tokens, also of retained names when others are erased, since all positions of many names would leave no
+    null space. `prior` joins the objective as a soft term within the null space, of which it would leave
     nothing as a constraint.
     """
 
     roles: str = "v"
+    kept: str = "last"
     augment: int = 10
     rank: int = 1
     threshold: float = 1e-1
