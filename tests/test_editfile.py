@@ -179,12 +179,12 @@ def test_nothing_is_encoded_and_no_model_is_built(sd1: Path, tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
-def test_a_loaded_pipeline_is_edited_in_place_and_back(sd1: Path, dtype: torch.dtype) -> None:
+def test_a_loaded_pipeline_is_edited_in_place_and_back(sd1: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     """Also in float64, where the product runs in float64: the factor that erases is the rounded one already."""
     one, two = (DiffusionPipeline.from_pretrained(sd1, torch_dtype=dtype) for _ in range(2))
     before = {name: tensor.clone() for name, tensor in two.unet.state_dict().items()}
     result = edit_model(one, ["cat"], config=QUICK)
-    applied = apply_edit(EditFile.of(result), two)
+    applied = apply_edit(result.save_edit(tmp_path / "edit.safetensors"), two)
     assert all(torch.equal(tensor, two.unet.state_dict()[name]) for name, tensor in one.unet.state_dict().items())
     assert applied.tensors == result.tensors
     assert "cat -> object" in applied.report()
