@@ -15,18 +15,24 @@ import numpy as np
 
 from benchmarks.reference_model.sampler import generate, load_pipeline
 
-SCALE = 3
+CELL = 96  # pixels of a picture on the sheet, about
 TEMPLATE = "an emoji of a {}"
 _MARGIN, _LABEL, _HEAD, _GAP, _FONT = 12, 190, 40, 28, 15
 
 
 def draw(
-    labels: Sequence[str], notes: Sequence[str], before: np.ndarray, after: np.ndarray, title: str, scale: int = SCALE
+    labels: Sequence[str],
+    notes: Sequence[str],
+    before: np.ndarray,
+    after: np.ndarray,
+    title: str,
+    scale: int | None = None,
 ) -> Any:
     """The grid as a PIL image. `before`, `after` uint8 [rows, seeds, H, W, 3]; `notes`: a small line per label."""
     from PIL import Image, ImageDraw, ImageFont
 
     rows, seeds, height, width = before.shape[:4]
+    scale = scale or max(1, round(CELL / height))
     cell_x, cell_y = width * scale + 2, height * scale + 2
     half = seeds * cell_x
     canvas = Image.new("RGB", (_LABEL + 2 * half + _GAP + _MARGIN, _HEAD + rows * cell_y + _MARGIN), "white")
@@ -69,7 +75,7 @@ def main() -> None:
     """Parse, draw, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", type=Path, required=True)
+    add("--model", required=True, help="a folder, or emoji")
     add("--erase", action="append", required=True, help="a concept to erase; repeatable")
     add("--target", help="what the concepts become")
     add("--preserve", action="append", default=[], help="a concept that must stay; repeatable")
@@ -78,7 +84,7 @@ def main() -> None:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
     add("--steps", type=int, default=18)
     add("--guidance", type=float, default=4.0)
-    add("--scale", type=int, default=SCALE, help="how many times a picture is enlarged")
+    add("--scale", type=int, help=f"how many times a picture is enlarged  [default: to about {CELL} pixels]")
     add("--out", type=Path, required=True)
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from benchmarks.reference_model.pictures import DEFAULT_CACHE, Concept, read_con
 from benchmarks.reference_model.rates import Rate, bootstrap, harmonic
 from benchmarks.reference_model.sampler import PictureStore, generate, load_pipeline
 from benchmarks.reference_model.splits import Split, aliases, split_of
+from realera_edit.hub import resolve
 
 __all__ = ["Bench", "ConceptSet", "Quality", "Rate", "Settings", "generate", "load_pipeline", "measure"]
 
@@ -112,8 +113,9 @@ class Bench:
         settings: Settings = Settings(),
     ) -> None:
         """Load everything; `judge` names which judge answers."""
-        self.settings, self.judge = settings, Judge.load(judge, cache)
-        self.concepts = {c.label: c for c in read_concepts(Path(model) / "concepts.json")}
+        model = resolve(model)
+        self.settings, self.judge = settings, Judge.load(judge, model, cache)
+        self.concepts = {c.label: c for c in read_concepts(model / "concepts.json")}
         self.names = aliases(list(self.concepts.values()), cache)
         self.pipe = load_pipeline(model)
         self.store = PictureStore(self.pipe, cache / "pictures.sqlite", settings.steps, settings.guidance)
@@ -265,7 +267,7 @@ def main() -> None:
     import transformers
 
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="checkpoint folder with concepts.json")
+    parser.add_argument("--model", required=True, help="checkpoint folder with concepts.json, or emoji")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
     parser.add_argument("--smoke", action="store_true", required=True)
     parser.add_argument("--erased", type=int, default=5, help="how many concepts stand in for erased ones")

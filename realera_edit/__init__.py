@@ -31,6 +31,7 @@ _HOMES = {
     "undo_folder": "provenance",
     "RealEraError": "errors",
     "RealEraWarning": "errors",
+    "reference_model": "reference",
 }
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "export_lora",
     "inspect_path",
     "load_concepts",
+    "reference_model",
     "undo_folder",
     "wrap_text_encoder",
 ]
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from .errors import RealEraError, RealEraWarning
     from .lora import export_lora
     from .provenance import inspect_path, undo_folder
+    from .reference import reference_model
     from .transfer import AppliedEdit, apply_edit
     from .wrap import wrap_text_encoder
 

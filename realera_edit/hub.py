@@ -6,8 +6,9 @@ import os
 import re
 from pathlib import Path
 
-from .checkpoint import read_json
+from .checkpoint import PICKLES, read_json
 from .errors import CheckpointError
+from .reference import NAME, reference_model
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 # No pickles, and no single-file checkpoint beside the folders.
@@ -28,9 +29,12 @@ def _complete(folder: Path) -> bool:
 
 
 def resolve(model: str | Path, revision: str | None = None) -> Path:
-    """The local folder of `model`: a path that exists, else a hub id. Raises `CheckpointError`."""
+    """The local folder of `model`: a path that exists, else `emoji`, else a hub id. Raises `CheckpointError`."""
     path = Path(os.path.expanduser(model))
-    if os.path.exists(path) or not _HUB_ID.match(str(model)):  # unlike Path.exists, never raises
+    if str(model) == NAME and not os.path.exists(path):
+        return reference_model()
+    # unlike Path.exists, os.path.exists never raises; a name that ends like a weight file is no hub id
+    if os.path.exists(path) or path.suffix in (*PICKLES, ".safetensors") or not _HUB_ID.match(str(model)):
         return path
     from huggingface_hub import snapshot_download
 

@@ -1,4 +1,4 @@
-"""Judges: small classifiers that say which concept, in which drawing style, a 32 x 32 picture shows.
+"""Judges: small classifiers that say which concept, in which drawing style, a picture shows (seen at 32 x 32).
 
 Two are trained apart: "development" may be used while methods are tuned, "report" only for published figures.
 
@@ -20,13 +20,22 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.reference_model.pictures import DEFAULT_CACHE, load, read_concepts, write_atomically
+from benchmarks.reference_model.pictures import (
+    DEFAULT_CACHE,
+    PictureSet,
+    load,
+    read_concepts,
+    write_atomically,
+)
 from benchmarks.reference_model.splits import Split
+from benchmarks.reference_model.training import autocast
+from realera_edit.hub import resolve
 
+SIZE = 32
 Row = tuple[str, int, float, float]
 
 
@@ -88,6 +97,24 @@ def to_uint8(x: Tensor) -> Tensor:
     return x.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
+def shrink(images: Tensor) -> Tensor:
+    """uint8 pictures [n, 32 k, 32 k, 3] to [n, 32, 32, 3], each pixel the mean of an area."""
+    if images.shape[1] == SIZE:
+        return images
+    return to_uint8(F.avg_pool2d(to_input(images), images.shape[1] // SIZE))
+
+
+def saved_at(which: Split, model: Path, cache: Path) -> Path:
+    """Where the judge of a checkpoint is kept: it knows that checkpoint's concepts and its decoder's artefacts."""
+    return cache / f"judge-{which}-{_weights_key(model)}.safetensors"
+
+
+def _weights_key(model: Path) -> str:
+    digest = hashlib.sha256((model / "vae/diffusion_pytorch_model.safetensors").read_bytes())
+    digest.update((model / "concepts.json").read_bytes())
+    return digest.hexdigest()[:12]
+
+
 class Judge:
     """A trained network with the names of its classes."""
 
@@ -98,18 +125,18 @@ class Judge:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor | np.ndarray, batch: int = 256) -> tuple[Tensor, Tensor]:
-        """Top-1 concept and style index, each int64 [n], of uint8 pictures [n, 32, 32, 3]."""
+        """Top-1 concept and style index, each int64 [n], of uint8 pictures [n, 32 k, 32 k, 3]."""
         parts = torch.as_tensor(images).split(batch)
-        answers = [[head.argmax(1) for head in self.network(to_input(part))] for part in parts]
+        answers = [[head.argmax(1) for head in self.network(to_input(shrink(part)))] for part in parts]
         empty = torch.zeros(0, dtype=torch.int64)
         return torch.cat([empty, *(a[0] for a in answers)]), torch.cat([empty, *(a[1] for a in answers)])
 
     @classmethod
-    def load(cls, which: Split, cache: Path = DEFAULT_CACHE) -> "Judge":
-        """Read a judge that `train` saved."""
-        path = cache / f"judge-{which}.safetensors"
+    def load(cls, which: Split, model: Path, cache: Path = DEFAULT_CACHE) -> "Judge":
+        """Read the judge that `train` saved for a checkpoint."""
+        path = saved_at(which, model, cache)
         if not path.exists():
-            command = f"python -m benchmarks.reference_model.judge train --which {which} --model CHECKPOINT"
+            command = f"python -m benchmarks.reference_model.judge train --which {which} --model {model}"
             raise FileNotFoundError(f"no {which} judge at {path}; train it with `{command}`")
         with safe_open(path, "pt") as file:
             meta = json.loads(file.metadata()["judge"])
@@ -124,9 +151,12 @@ def reconstruct(vae: Any, images: Tensor, levels: Tensor, generator: torch.Gener
     """Encode, add noise of std `levels` [n] to the scaled latent (its own std is about 1), decode: uint8."""
     done = []
     for part, level in zip(images.split(batch), levels.split(batch), strict=True):
-        latent = vae.encode(to_input(part)).latent_dist.mean * vae.config.scaling_factor
-        noise = torch.randn(latent.shape, generator=generator) * level[:, None, None, None]
-        done.append(to_uint8(vae.decode((latent + noise) / vae.config.scaling_factor).sample))
+        x = to_input(part).contiguous(memory_format=torch.channels_last)
+        with autocast():
+            latent = vae.encode(x).latent_dist.mean.float() * vae.config.scaling_factor
+            noise = torch.randn(latent.shape, generator=generator) * level[:, None, None, None]
+            drawn = vae.decode((latent + noise) / vae.config.scaling_factor).sample
+        done.append(to_uint8(drawn.float()))
     return torch.cat(done)
 
 
@@ -143,24 +173,33 @@ class Data:
 
 
 def load_data(model: Path, cache: Path, copies: int = 5, seed: int = 0) -> Data:
-    """Pictures of the checkpoint's concepts at half size, and `copies` reconstructions, noise 0 to 0.3."""
+    """Pictures of the checkpoint's concepts at 32 x 32, and `copies` reconstructions of them, noise 0 to 0.3."""
+    found, full, vae = _pictures(model, cache)
+    path = cache / f"decoded-{_weights_key(model)}-{copies}-{seed}.safetensors"
+    if not path.exists():
+        generator = torch.Generator().manual_seed(seed)
+        levels = torch.rand(copies, len(full), generator=generator) * 0.3
+        decoded = torch.stack([shrink(reconstruct(vae, full, level, generator)) for level in levels])
+        write_atomically(path, save({"decoded": decoded}))
+    concept, style = torch.arange(len(full)) // len(found.styles), torch.arange(len(full)) % len(found.styles)
+    labels = tuple(concept.label for concept in found.concepts)
+    return Data(shrink(full), load_file(path)["decoded"], concept, style, labels, found.styles)
+
+
+def _pictures(model: Path, cache: Path) -> tuple[PictureSet, Tensor, Any]:
+    """The checkpoint's concepts, their pictures uint8 [n, H, H, 3] at its own size, and its autoencoder."""
     from diffusers import AutoencoderKL
 
+    vae = AutoencoderKL.from_pretrained(model, subfolder="vae", dtype=torch.float32)
+    vae = vae.eval().to(memory_format=torch.channels_last)
     found = load(cache)
     rows = {concept.label: i for i, concept in enumerate(found.concepts)}
-    labels = tuple(concept.label for concept in read_concepts(model / "concepts.json"))
-    full = torch.from_numpy(found.pictures[[rows[label] for label in labels]]).flatten(0, 1)
-    real = to_uint8(F.avg_pool2d(to_input(full), 2))
-    weights = hashlib.sha256((model / "vae/diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
-    path = cache / f"decoded-{weights[:12]}-{copies}-{seed}.pt"
-    if not path.exists():
-        vae = AutoencoderKL.from_pretrained(model, subfolder="vae", dtype=torch.float32)
-        vae = vae.eval().to(memory_format=torch.channels_last)
-        generator = torch.Generator().manual_seed(seed)
-        levels = torch.rand(copies, len(real), generator=generator) * 0.3
-        torch.save(torch.stack([reconstruct(vae, real, level, generator) for level in levels]), path)
-    concept, style = torch.arange(len(real)) // len(found.styles), torch.arange(len(real)) % len(found.styles)
-    return Data(real, torch.load(path, weights_only=True), concept, style, labels, found.styles)
+    concepts = read_concepts(model / "concepts.json")
+    pictures = found.pictures[[rows[concept.label] for concept in concepts]]
+    full = torch.from_numpy(pictures).flatten(0, 1)
+    if vae.config.sample_size != full.shape[1]:
+        full = to_uint8(F.avg_pool2d(to_input(full), full.shape[1] // vae.config.sample_size))
+    return PictureSet(pictures, concepts, found.styles), full, vae
 
 
 def augment(x: Tensor, strength: float, generator: torch.Generator) -> Tensor:
@@ -200,7 +239,8 @@ def fit(data: Data, recipe: Recipe) -> Judge:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.rate, recipe.steps, pct_start=0.2)
     start = time.perf_counter()
     for step, (x, concept, style) in zip(range(recipe.steps), batches(data, recipe, generator), strict=False):
-        concepts, styles = network(x)
+        with autocast():
+            concepts, styles = (logits.float() for logits in network(x))
         loss = F.cross_entropy(concepts, concept, label_smoothing=0.1) + F.cross_entropy(styles, style)
         optimizer.zero_grad()
         loss.backward()
@@ -218,7 +258,7 @@ def train(which: Split, model: Path, cache: Path = DEFAULT_CACHE) -> Judge:
     judge = fit(data, RECIPES[which])
     meta = {"recipe": dataclasses.asdict(RECIPES[which]), "labels": judge.labels, "styles": judge.styles}
     state = {name: value.contiguous() for name, value in judge.network.state_dict().items()}
-    write_atomically(cache / f"judge-{which}.safetensors", save(state, {"judge": json.dumps(meta)}))
+    write_atomically(saved_at(which, model, cache), save(state, {"judge": json.dumps(meta)}))
     return judge
 
 
@@ -226,15 +266,13 @@ def _share(answer: Tensor, truth: Tensor) -> float:
     return (answer == truth).float().mean().item()
 
 
-def _reconstructed_rows(judge: Judge, model: Path, data: Data) -> list[Row]:
-    from diffusers import AutoencoderKL
-
-    vae = AutoencoderKL.from_pretrained(model, subfolder="vae", dtype=torch.float32).eval()
+def _reconstructed_rows(judge: Judge, model: Path, cache: Path) -> list[Row]:
+    data, (_, full, vae) = load_data(model, cache), _pictures(model, cache)
     generator = torch.Generator().manual_seed(987)
     sets = {"real": data.real}
     for level in (0.0, 0.15, 0.3):
         levels = torch.full((len(data.real),), level)
-        sets[f"reconstructed, noise {level}"] = reconstruct(vae, data.real, levels, generator)
+        sets[f"reconstructed, noise {level}"] = reconstruct(vae, full, levels, generator)
     answers = {name: judge(images) for name, images in sets.items()}
     return [
         (name, len(data.real), _share(concept, data.concept), _share(style, data.style))
@@ -250,7 +288,8 @@ def _generated_rows(judge: Judge, model: Path, sample: int, seeds: Sequence[int]
     styles = torch.arange(len(chosen)) % len(judge.styles)
     plain = [f"an emoji of a {judge.labels[i]}" for i in chosen]
     styled = [f"a {judge.styles[s]} emoji of a {judge.labels[i]}" for s, i in zip(styles, chosen, strict=True)]
-    concept, style = judge(generate(pipe, plain + styled, seeds).reshape(-1, 32, 32, 3))
+    pictures = generate(pipe, plain + styled, seeds)
+    concept, style = judge(pictures.reshape(-1, *pictures.shape[2:]))
     truth = torch.tensor(chosen).repeat_interleave(len(seeds))
     count = len(truth)
     right = _share(style[count:], styles.repeat_interleave(len(seeds)))
@@ -262,8 +301,8 @@ def _generated_rows(judge: Judge, model: Path, sample: int, seeds: Sequence[int]
 
 def calibrate(which: Split, model: Path, cache: Path, sample: int, seeds: Sequence[int]) -> list[Row]:
     """Rows (pictures, count, concept accuracy, style accuracy): real, reconstructed afresh, generated."""
-    judge = Judge.load(which, cache)
-    rows = _reconstructed_rows(judge, model, load_data(model, cache))
+    judge = Judge.load(which, model, cache)
+    rows = _reconstructed_rows(judge, model, cache)
     return rows + _generated_rows(judge, model, sample, seeds)
 
 
@@ -271,17 +310,18 @@ def main() -> None:
     """Train or calibrate a judge."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("action", choices=["train", "calibrate"])
-    parser.add_argument("--model", type=Path, required=True, help="checkpoint folder with concepts.json")
+    parser.add_argument("--model", required=True, help="checkpoint folder with concepts.json, or emoji")
     parser.add_argument("--which", choices=list(RECIPES), default="development")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
     parser.add_argument("--sample", type=int, default=60, help="concepts to draw when calibrating")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    model = resolve(options.model)
     if options.action == "train":
-        train(options.which, options.model, options.cache)
+        train(options.which, model, options.cache)
         return
-    for row in calibrate(options.which, options.model, options.cache, options.sample, range(4)):
+    for row in calibrate(options.which, model, options.cache, options.sample, range(4)):
         print("{:<28}{:>6} concept {:.3f} style {:.3f}".format(*row))
 
 

@@ -1,0 +1,181 @@
+"""The reference model's U-Net: v-prediction on 8 x 8 latents, cross-attention to the text at both resolutions.
+
+`python -m benchmarks.reference_model.denoiser` trains it on the latents and the text states that the trained
+autoencoder and text encoder give; both stay as they are.
+"""
+
+import argparse
+import dataclasses
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.reference_model import text_encoder, vae
+from benchmarks.reference_model.pictures import DEFAULT_CACHE, load
+from benchmarks.reference_model.texts import captions, shown_aliases
+from benchmarks.reference_model.training import Loss, Schedule, Trainer, autocast, best_device, device_of
+
+SCHEDULE = Schedule(steps=5000, rate=8e-4, warmup=200, decay=0.6, average=0.998, seed=3)
+BATCH = 64
+EMPTY = 0.1  # share of captions left out, for classifier-free guidance
+PLAIN = 0.4  # share of captions that name no style
+LABEL = 0.7  # share of captions that use the label, not an alias, where there is one
+JITTER = 0.1  # most noise on the text states, relative: words near a caption's words should draw the same
+GAMMA = 5.0  # min-SNR weights (arXiv 2303.09556)
+
+
+def scheduler() -> Any:
+    """DDIM, v-prediction, Stable Diffusion's betas."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+    )
+
+
+def build(seed: int = 0) -> Any:
+    """An untrained UNet2DConditionModel, channels last in memory."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=vae.SIZE // 8,
+        in_channels=vae.CHANNELS,
+        out_channels=vae.CHANNELS,
+        block_out_channels=(128, 256),
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        layers_per_block=1,
+        cross_attention_dim=text_encoder.WIDTH,
+        attention_head_dim=4,
+    )
+    return unet.to(memory_format=torch.channels_last)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Latents float32 [concepts, styles, c, 8, 8]; states bfloat16 [captions, length, width], the empty one first.
+
+    `rows[i][k]` lists concept i's captions: k = 0 without style, k > 0 in style k - 1; the first `labels[i][k]` of
+    them use its label.
+    """
+
+    latents: Tensor
+    states: Tensor
+    rows: list[list[range]]
+    labels: list[list[int]]
+
+
+@torch.inference_mode()
+def text_states(model: Any, tokenizer: Any, texts: Sequence[str], batch: int = 512) -> Tensor:
+    """Last hidden states, bfloat16 [texts, length, width]."""
+    parts = []
+    for start in range(0, len(texts), batch):
+        ids, _ = text_encoder.tokenize(tokenizer, texts[start : start + batch])
+        parts.append(model(input_ids=ids).last_hidden_state.bfloat16())
+    return torch.cat(parts)
+
+
+def load_data(cache: Path = DEFAULT_CACHE) -> Data:
+    """Encode every picture and every caption once."""
+    student, autoencoder = text_encoder.train(cache), vae.train(cache)
+    concepts, shown, texts = load(cache, vae.SIZE).concepts, shown_aliases(), [""]
+    rows, labels = [], []
+    for concept in concepts:
+        found = captions([concept.label.lower(), *shown.get(concept.label, ())])
+        first = [len(row) for row in captions([concept.label.lower()])]
+        ranges = []
+        for row in found:
+            ranges.append(range(len(texts), len(texts) + len(row)))
+            texts += row
+        rows.append(ranges)
+        labels.append(first)
+    tokenizer = text_encoder.load_tokenizer(cache / "training" / "tokenizer")
+    latents = vae.encode(autoencoder, vae.flat_pictures(cache))
+    shape = (len(concepts), -1, *latents.shape[1:])
+    return Data(latents.view(shape), text_states(student.model, tokenizer, texts), rows, labels)
+
+
+def pick_captions(data: Data, concepts: Tensor, styles: Tensor, draw: random.Random) -> Tensor:
+    """A caption's index for each picture (concept, style)."""
+    picked = []
+    for concept, style in zip(concepts.tolist(), styles.tolist(), strict=True):
+        kind = 0 if draw.random() < PLAIN else style + 1
+        row, labels = data.rows[concept][kind], data.labels[concept][kind]
+        among = row[:labels] if len(row) == labels or draw.random() < LABEL else row[labels:]
+        picked.append(0 if draw.random() < EMPTY else draw.choice(among))
+    return torch.tensor(picked)
+
+
+def batch_loss(unet: Any, data: Data, batch: int) -> Loss:
+    """The weighted v-prediction error of random pictures, captions, steps and noise."""
+    alphas = scheduler().alphas_cumprod
+    snr = alphas / (1 - alphas)
+    weights = snr.clamp(max=GAMMA) / (snr + 1)
+    weights = weights / weights.mean()
+    count, styles = data.latents.shape[:2]
+    device = device_of(unet)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        concept = torch.randint(count, (batch,), generator=generator)
+        style = torch.randint(styles, (batch,), generator=generator)
+        draw = random.Random(int(torch.randint(2**62, (), generator=generator)))
+        states = data.states[pick_captions(data, concept, style, draw)].float()
+        level = JITTER * torch.rand(batch, 1, 1, generator=generator)
+        states = states + level * states.std() * torch.randn(states.shape, generator=generator)
+        clean = data.latents[concept, style]
+        noise = torch.randn(clean.shape, generator=generator)
+        # one step from each of `batch` equal parts of the schedule: less variance than independent ones
+        t = (torch.arange(batch) + torch.rand(batch, generator=generator)) * (len(alphas) / batch)
+        t = t.long()[torch.randperm(batch, generator=generator)]
+        signal, sigma = (a.sqrt()[:, None, None, None] for a in (alphas[t], 1 - alphas[t]))
+        noisy = (signal * clean + sigma * noise).contiguous(memory_format=torch.channels_last)
+        with autocast(device):
+            v = unet(noisy.to(device), t.to(device), states.to(device)).sample
+        error = (v.float() - (signal * noise - sigma * clean).to(device)).square().mean((1, 2, 3))
+        return (weights[t].to(device) * error).mean()
+
+    return loss
+
+
+def trainer(cache: Path, schedule: Schedule = SCHEDULE, name: str = "unet") -> Trainer:
+    """The U-Net's trainer, at the state that the cache holds."""
+    recipe = {"batch": BATCH, "empty": EMPTY, "plain": PLAIN, "label": LABEL, "jitter": JITTER, "gamma": GAMMA}
+    from diffusers.models.attention_processor import AttnProcessor
+
+    unet = build(schedule.seed).to(best_device())
+    unet.set_attn_processor(AttnProcessor())  # the fused one is slower here: its backward pass suits long sequences
+    return Trainer(unet, schedule, cache / "training" / f"{name}.safetensors", recipe)
+
+
+def train(cache: Path = DEFAULT_CACHE, schedule: Schedule = SCHEDULE, until: int | None = None) -> Any:
+    """The trained U-Net."""
+    run = trainer(cache, schedule)
+    if run.step < (until or schedule.steps):
+        run.run(batch_loss(run.module, load_data(cache), BATCH), until)
+    run.finish()
+    return run.module.eval().cpu()
+
+
+def main() -> None:
+    """Train the U-Net."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    train(options.cache)
+
+
+if __name__ == "__main__":
+    main()
