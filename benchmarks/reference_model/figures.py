@@ -2,7 +2,8 @@
 
     python -m benchmarks.reference_model.figures --model emoji --json FIGURES.json --grid docs/emoji.png
 
-Every concept is drawn from its plain label and from prompts with a style, four pictures of each with fixed seeds; aliases two.
+Every concept is drawn from its plain label and from prompts with a style, four pictures of each with fixed seeds.
+Of each alias there are two.
 An unseen alias takes part where its concept reaches 0.95 and where the sentence encoder that taught the text encoder
 ranks that concept's label first: names that even the teacher takes for something else say nothing about the model.
 """
