@@ -24,6 +24,7 @@ _HOMES = {
     "compose": "editfile",
     "diff": "editdiff",
     "apply_edit": "transfer",
+    "attack_model": "attack_run",
     "AppliedEdit": "transfer",
     "export_lora": "lora",
     "wrap_text_encoder": "wrap",
@@ -44,6 +45,7 @@ __all__ = [
     "RealEraWarning",
     "__version__",
     "apply_edit",
+    "attack_model",
     "compose",
     "diff",
     "edit_model",
@@ -56,6 +58,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .attack_run import attack_model
     from .concepts import Concept, load_concepts
     from .config import EditConfig
     from .edit import EditResult, edit_model

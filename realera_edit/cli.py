@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from . import __version__
+from .cli_attack import attack
 from .cli_common import DTYPES, UNDO_NOTE, Command, F, check_output, output_options, print_result
 from .cli_edits import COMMANDS
 from .concepts import Concept, load_concepts, load_prompts
@@ -119,7 +120,9 @@ def erase(model: str, names: tuple[str, ...], out: Path | None, save_edit: Path 
         progress=not quiet and not as_json,
         **options,
     )
-    note = ""
+    geometry = result.geometry(quick=True)
+    geometry.warn()
+    note = "".join(f"\n{line}" for line in geometry.summary())
     if save_edit is not None:
         note += f"\nwritten    {result.save_edit(save_edit, force=force)}   (the edit, for `apply`)"
     if out is not None:
@@ -182,7 +185,7 @@ def completion(shell: str) -> None:
     click.echo(found(cli, {}, "realera-edit", "_REALERA_EDIT_COMPLETE").source())
 
 
-for _command in COMMANDS:
+for _command in (*COMMANDS, attack):
     cli.add_command(_command)
 
 

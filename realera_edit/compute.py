@@ -17,6 +17,7 @@ from .config import EditConfig
 from .embeddings import PromptEncoder
 from .neighbours import Clouds, Region
 from .pairs import ErasePairs, Group, build_pairs, list_groups
+from .robust import harden
 from .solve import Factor, Solution, drift, residuals, solve
 from .statistics import Keep, Pairs
 from .vocabulary import Neighbourhood, Prior, load_prior, mine_words, whole_words
@@ -27,7 +28,8 @@ class Edit:
     """A solved edit, independent of any denoiser: the factor of each text space and its diagnostics.
 
     `residual` [groups]: share of each erased name left in text space. `drift`: the same for each preserved entry,
-    as (entry, mean, worst) of |M r - r| / |r| over its states. `seconds`: time of each stage.
+    as (entry, mean, worst) of |M r - r| / |r| over its states. `seconds`: time of each stage. `rows`, `prior` and
+    `preserved` (entry, states): what the solve was given, for `geometry`; a stored edit has them no longer.
     """
 
     concepts: tuple[Concept, ...]
@@ -39,6 +41,9 @@ class Edit:
     drift: tuple[tuple[str, float, float], ...]
     fingerprint: str
     seconds: dict[str, float]
+    rows: ErasePairs | None = None
+    prior: Prior | None = None
+    preserved: tuple[tuple[str, Tensor], ...] = ()
 
     def factor(self, role: str) -> Factor:
         """The factor that a projection of `role` is multiplied with."""
@@ -55,8 +60,12 @@ def compute_edit(
     config: EditConfig,
     preserve: Sequence[str] = (),
     prior_prompts: Sequence[str] = (),
+    metric: Tensor | None = None,
 ) -> Edit:
-    """Solve for `concepts` (with targets filled in). `prior_prompts` replace the vocabulary as the broad prior."""
+    """Solve for `concepts` (with targets filled in). `prior_prompts` replace the vocabulary as the broad prior.
+
+    `metric` Q [d, d]: of the layers, for the attacks of `config.robust` (None: they are of the text space).
+    """
     clock = _Clock()
     fingerprint = encoder.fingerprint()
     words = list(prior_prompts) or whole_words(encoder.pairs[0][0], config.prior_words)
@@ -68,7 +77,7 @@ def compute_edit(
     anchors = _anchors(encoder, prior, preserve, groups, hoods, config)
     clock.lap("encode")
     wanted = torch.tensor([1 - _strength(concepts[g.concept], config) for g in groups], dtype=torch.float64)
-    cross = _solve(pairs.cross, anchors.cross, wanted, config)
+    cross = _solve(pairs.cross, anchors.cross, wanted, config, metric)
     pooled = None
     if pairs.pooled is not None and anchors.pooled is not None:
         pooled = _solve(pairs.pooled, anchors.pooled, wanted, replace(config, perturbation="none"))
@@ -84,6 +93,9 @@ def compute_edit(
         drift=tuple((name, float(d.mean()), float(d.max())) for name, d in moved),
         fingerprint=fingerprint,
         seconds=clock.laps,
+        rows=pairs,
+        prior=prior,
+        preserved=anchors.preserved,
     )
 
 
@@ -144,12 +156,19 @@ def _anchors(
     return build_anchors(encoder, prior, preserve, list(rim), taken, config)
 
 
-def _solve(pairs: Pairs, keep: Keep, wanted: Tensor, config: EditConfig) -> Solution:
+def _solve(pairs: Pairs, keep: Keep, wanted: Tensor, config: EditConfig, metric: Tensor | None = None) -> Solution:
     clouds = None
     if config.perturbation == "isotropic":
         region = Region(pairs.x.shape[1], config.radius, config.cos_min, config.cos_max)
         clouds = Clouds(pairs, region, config.perturbation_weight, config.samples, config.seed)
-    solution = solve(pairs, keep, residual=wanted.to(pairs.x.device), ridge=config.ridge, clouds=clouds)
+    wanted = wanted.to(pairs.x.device)
+
+    def again(grown: Pairs, group_weight: Tensor) -> Solution:
+        return solve(grown, keep, residual=wanted, ridge=config.ridge, clouds=clouds, group_weight=group_weight)
+
+    solution = solve(pairs, keep, residual=wanted, ridge=config.ridge, clouds=clouds)
+    if config.robust:
+        solution = harden(solution, pairs, again, config.robust, metric)
     # what is measured, applied and stored in an edit file is one and the same factor
     return replace(solution, factor=rounded(solution.factor))
 

@@ -49,6 +49,7 @@ class EditConfig:
     prior_words: int = _option(2000, "Frequent vocabulary words whose mapping is kept (0: none).", 0, 100_000)
     preserve_weight: float = _option(100.0, "Weight of a preserved concept, in vocabulary words.", 0.0, 1e9)
     ridge: float = _option(0.03, "Weight of |W'-W|^2, in mean eigenvalues of the kept statistics.", 1e-12, 1e6)
+    robust: int = _option(0, "Rounds of closed-form attack and solve after the first solve (0: none).", 0, 20)
     edit: str = _option("kv", "Which projections to edit: keys, values or both.", choices=("kv", "k", "v"))
     pooled: bool = _option(True, "Also edit the pooled text path (SDXL's add_embedding).")
     seed: int = _option(0, "Seed of the random neighbours.", 0, 2**63 - 1)

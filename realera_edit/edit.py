@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,11 +19,15 @@ from .concepts import Concept, resolve_concepts
 from .config import EditConfig
 from .errors import CheckpointError, ConceptError, RealEraWarning
 from .hub import resolve
+from .layers import metric
 from .pipeline import LoadedPipeline
 from .projections import selected
 from .provenance import RECORD, UNDO, header_metadata, record, write_undo
 from .report import render
 from .writer import check_outside, copy_rest, edited_tensors, staged
+
+if TYPE_CHECKING:
+    from .geometry import Geometry
 
 # A residual this far above the wanted one is worth a warning.
 RESIDUAL_SLACK = 0.1
@@ -79,6 +83,18 @@ class EditResult:
     def report(self) -> str:
         """The edit in a screen of text."""
         return render(self.to_dict())
+
+    def geometry(self, *, weighted: bool = False, quick: bool = False) -> Geometry:
+        """What the edit did to the text space, without a picture (`Geometry`, with `report()` and `to_dict()`).
+
+        `weighted`: norms of what the layers read, for which the model's projections are read once. `quick`: worst
+        cases over the ball of `config.radius` alone, whatever the cosines. Raises `CheckpointError` for an edit that
+        was loaded from a file.
+        """
+        from .geometry import measure
+
+        layers = metric(self.source, self.config.edit) if weighted else None
+        return measure(self.edit, self.config, layers, cap=not quick)
 
     def to_dict(self) -> dict[str, Any]:
         """The record that is written to `realera_edit.json`."""
@@ -203,7 +219,8 @@ def edit_model(
         source = LoadedPipeline(model, progress=progress)
     selection = selected(source.projections, config.edit, config.pooled)
     has_pooled = any(p.role == "pooled" for p in selection)
-    edit = compute_edit(source.encoder, wanted, config, preserve, prior)
+    layers = metric(source, config.edit) if config.robust else None
+    edit = compute_edit(source.encoder, wanted, config, preserve, prior, layers)
     result = EditResult(source, edit, config, preserve, progress=progress)
     if has_pooled and edit.pooled is None:
         raise CheckpointError(

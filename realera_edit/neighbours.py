@@ -54,6 +54,37 @@ class Region:
         half = (self.radius**2 - theta.sin().square()).clamp_min(0).sqrt()
         return (theta.cos() - half).clamp_min(0), (theta.cos() + half).clamp_min(torch.finfo(torch.float64).tiny)
 
+    def rim(self, points: int) -> tuple[Tensor, Tensor, float]:
+        """Points (s, t) [n] on the ball's surface within the cap, in units of |e|, and the angle between two of them.
+
+        z = |e| (s e' + t u); the angle is the one at e. Each arc of the rim is covered end to end; with a radius of one
+        or more the origin is added, where the sides of the cap meet.
+        """
+        low, high = self._angles()
+        if self.radius < 1:
+            lean = [math.asin(min(math.sin(theta) / self.radius, 1.0)) for theta in (low, high)]
+            arcs = [(low + lean[0], high + lean[1]), (high + math.pi - lean[1], low + math.pi - lean[0])]
+        else:
+            start, stop = (theta + math.asin(math.sin(theta) / self.radius) for theta in (low, high))
+            arcs = [(start, stop)]
+        count = points // len(arcs)
+        width = max(stop - start for start, stop in arcs) / (count - 1)
+        phi = torch.cat([torch.linspace(start, stop, count, dtype=torch.float64) for start, stop in arcs])
+        s, t = 1 + self.radius * phi.cos(), self.radius * phi.sin().clamp_min(0)
+        if self.radius >= 1:
+            s, t = torch.cat([s, s.new_zeros(1)]), torch.cat([t, t.new_zeros(1)])
+        return s, t, width
+
+    def edges(self, points: int) -> tuple[Tensor, Tensor, float]:
+        """Points (s, t) [n] along the cap's sides within the ball, in units of |e|, and the distance between two."""
+        low, high = self._angles()
+        theta = torch.tensor([high] if low in (0.0, high) else [low, high], dtype=torch.float64)
+        near, far = self._chord(theta)
+        count = points // len(theta)
+        length = near[:, None] + (far - near)[:, None] * torch.linspace(0, 1, count, dtype=torch.float64)
+        s, t = (length * theta.cos()[:, None]).flatten(), (length * theta.sin()[:, None]).flatten()
+        return s, t, float((far - near).amax()) / (count - 1)
+
     def _table(self) -> tuple[Tensor, Tensor, float]:
         """Cell middles [cells], their probabilities [cells], and the cells' width."""
         low, high = self._angles()

@@ -32,11 +32,16 @@ class Group:
 
 @dataclass(frozen=True)
 class ErasePairs:
-    """Rows to erase in each text space, and what their groups are. `pooled` is None without a pooled path."""
+    """Rows to erase in each text space, and what their groups are. `pooled` is None without a pooled path.
+
+    `places`: for each own row of `cross`, the position that it stands at: "token 1", ... of the name, "after" it, "end"
+    or "padding". The rows of one prompt follow one another.
+    """
 
     cross: Pairs
     pooled: Pairs | None
     groups: tuple[Group, ...]
+    places: tuple[str, ...] = ()
 
 
 def concept_contexts(concept: Concept, config: EditConfig) -> tuple[str, ...]:
@@ -76,11 +81,13 @@ def build_pairs(
     spans = encoder.spans(flat)
     encoded = encoder.encode([f.prompt for f in flat], config.padding, label="concepts")
     x, y, group_of = [], [], []
+    places: list[str] = []
     for number, here, there, a, b in zip(owner, spans[::2], spans[1::2], encoded[::2], encoded[1::2], strict=True):
         rows = _aligned(here, there, a, b, config.padding)
         x.append(a.states[[i for i, _ in rows]])
         y.append(b.states[[j for _, j in rows]])
         group_of += [number] * len(rows)
+        places += [_place(here, i) for i, _ in rows]
     cross = _pairs(torch.cat(x), torch.cat(y), torch.tensor(group_of))
     _check_moved(cross, groups, concepts)
     if config.perturbation == "covariance":
@@ -93,11 +100,17 @@ def build_pairs(
     if encoded[0].pooled is not None and config.pooled:
         tops = torch.stack([e.pooled for e in encoded if e.pooled is not None])
         pooled = _pairs(tops[::2], tops[1::2], torch.tensor(owner))
-    return ErasePairs(cross, pooled, tuple(groups))
+    return ErasePairs(cross, pooled, tuple(groups), tuple(places))
 
 
 def _aligned(here: Span, there: Span, a: Encoded, b: Encoded, padding: int) -> list[tuple[int, int]]:
     return [(i, j) for i, j in align(here, there, padding) if i < len(a.states) and j < len(b.states)]
+
+
+def _place(span: Span, position: int) -> str:
+    if position >= span.end:
+        return "end" if position == span.end else "padding"
+    return f"token {position - span.start + 1}" if position < span.stop else "after"
 
 
 def _pairs(x: Tensor, y: Tensor, group: Tensor) -> Pairs:

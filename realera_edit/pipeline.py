@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,6 +63,12 @@ class LoadedPipeline:
     @property
     def projections(self) -> tuple[Projection, ...]:
         return tuple(p for group in self._found.values() for p in group)
+
+    def original_weights(self) -> Iterator[tuple[str, Projection, Tensor]]:
+        """(component, projection, weight) of every text projection, as it was before an edit."""
+        for name, group in self._found.items():
+            for p in group:
+                yield name, p, self._originals.get((name, p.name), self._parameters[name, p.name].data)
 
     def bytes(self) -> int:
         """Size of all weights."""

@@ -1,0 +1,105 @@
+"""All layers at once: the sums over their text projections that every loss in the model's own metric needs.
+
+sum_l |W'_l x - W_l y|^2 = x^T A x - 2 x^T B y + y^T Q y with A = sum W'^T W', B = sum W'^T W and Q = sum W^T W, each
+[d, d]: read the weights once, and the number of layers is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .errors import ProjectionError
+from .projections import Projection, selected
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+    from .pipeline import LoadedPipeline
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Sums over the layers of the cross-attention's text space, float64 [d, d]; `count`: how many weights were summed.
+
+    `edited` A = sum W'^T W', `mixed` B = sum W'^T W, `original` Q = sum W^T W.
+    """
+
+    edited: Tensor
+    mixed: Tensor
+    original: Tensor
+    count: int
+
+    @classmethod
+    def of_factor(cls, factor: Tensor, metric: Tensor, count: int = 0) -> Layers:
+        """Of W' = W M in all layers: A = M^T Q M, B = M^T Q. `factor` M, `metric` Q [d, d]."""
+        mixed = factor.T @ metric
+        return cls(mixed @ factor, mixed, metric, count)
+
+
+def text_weights(source: Checkpoint | LoadedPipeline) -> Iterator[tuple[str, Projection, Tensor]]:
+    """(component, projection, weight [n, d]) of every text projection, before any edit; plain weights if there are any.
+
+    Of a folder one weight at a time is read. Raises `CheckpointError` for a damaged one.
+    """
+    if hasattr(source, "original_weights"):
+        yield from source.original_weights()
+        return
+    for denoiser in source.denoisers:
+        places = {name: file for file in reversed(denoiser.files) for name in file.entries}
+        for projection in denoiser.projections:
+            yield denoiser.name, projection, places[projection.name].read(projection.name)
+
+
+def metric(source: Checkpoint | LoadedPipeline, edit: str = "kv") -> Tensor:
+    """Q = sum_l W_l^T W_l [d, d], float64, over the cross-attention projections that an edit of `edit` changes.
+
+    Seconds for Stable Diffusion 1.x and 2.x on a few cores, about half a minute for XL (1.4 TFLOP).
+    """
+    chosen = set(selected(source.projections, edit, False))
+    total = _Sum()
+    for _, projection, weight in text_weights(source):
+        if projection in chosen:
+            wide = weight.to("cpu", torch.float64)
+            total.add(wide.T @ wide)
+    return total.found(source.where)
+
+
+def compare(original: Checkpoint | LoadedPipeline, edited: Checkpoint | LoadedPipeline) -> Layers:
+    """The sums over the cross-attention projections of a model before and after an edit, whoever made it.
+
+    Raises `ProjectionError` where the two have different projections.
+    """
+    after = {(name, p.name): weight for name, p, weight in text_weights(edited) if p.role != "pooled"}
+    sums = [_Sum() for _ in range(3)]
+    count = 0
+    for name, p, before in text_weights(original):
+        if p.role == "pooled":
+            continue
+        new = after.pop((name, p.name), None)
+        if new is None or new.shape != before.shape:
+            raise ProjectionError(f"{edited.where}: has no {name} {p.name} like {original.where}: another model?")
+        w, v = before.to("cpu", torch.float64), new.to("cpu", torch.float64)
+        for total, product in zip(sums, (v.T @ v, v.T @ w, w.T @ w), strict=True):
+            total.add(product)
+        count += 1
+    if after:
+        raise ProjectionError(f"{original.where}: has no {' '.join(next(iter(after)))} like {edited.where}")
+    a, b, q = (total.found(original.where) for total in sums)
+    return Layers(a, b, q, count)
+
+
+class _Sum:
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+
+    def add(self, product: Tensor) -> None:
+        self._total = product if self._total is None else self._total.add_(product)
+
+    def found(self, where: str) -> Tensor:
+        if self._total is None:
+            raise ProjectionError(f"{where}: no projection of the cross-attention was chosen")
+        return self._total
