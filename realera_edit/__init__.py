@@ -29,6 +29,7 @@ _HOMES = {
     "export_lora": "lora",
     "wrap_text_encoder": "wrap",
     "inspect_path": "provenance",
+    "undo_file": "single_output",
     "undo_folder": "provenance",
     "RealEraError": "errors",
     "RealEraWarning": "errors",
@@ -53,6 +54,7 @@ __all__ = [
     "inspect_path",
     "load_concepts",
     "reference_model",
+    "undo_file",
     "undo_folder",
     "wrap_text_encoder",
 ]
@@ -68,6 +70,7 @@ if TYPE_CHECKING:
     from .lora import export_lora
     from .provenance import inspect_path, undo_folder
     from .reference import reference_model
+    from .single_output import undo_file
     from .transfer import AppliedEdit, apply_edit
     from .wrap import wrap_text_encoder
 

@@ -122,27 +122,24 @@ def open_checkpoint(
     progress: bool = False,
     widths: tuple[int, int | None] | None = None,
 ) -> Checkpoint:
-    """Open a diffusers folder of Stable Diffusion 1.x, 2.x or XL. Raises `CheckpointError` or `ProjectionError`.
+    """Open a diffusers folder (or a single file: `open_single`) of Stable Diffusion 1.x, 2.x or XL.
 
     The text encoders are loaded in `dtype` (float32 unless told); of the denoisers only the headers are read. Where
-    the `widths` of the states and of the pooled state are given, no text encoder is loaded.
+    the `widths` of the states and of the pooled state are given, no text encoder of a folder is loaded. Raises
+    `CheckpointError` or `ProjectionError`.
     """
     if not os.path.exists(root):  # unlike Path.exists, never raises
-        raise CheckpointError(f"{root}: no such folder; give a diffusers folder or a hub id such as owner/name")
-    if root.is_file():
-        if root.suffix in PICKLES:
-            raise CheckpointError(
-                f"{root}: a pickled checkpoint can run code when loaded and is never opened. If you trust it, convert "
-                f"it: python -c \"from diffusers import StableDiffusionPipeline as P; P.from_single_file('{root}')"
-                f".save_pretrained('{root.with_suffix('')}')\""
-            )
+        kind = "file" if root.suffix in (*PICKLES, ".safetensors") else "folder"
         raise CheckpointError(
-            f"{root}: a single file; diffusers folders are read so far. Convert it with "
-            "StableDiffusionPipeline.from_single_file(...).save_pretrained(...)"
+            f"{root}: no such {kind}; give a diffusers folder, a .safetensors file or a hub id such as owner/name"
         )
+    if root.is_file():
+        from .singlefile import open_single
+
+        return open_single(root, variant=variant, device=device, dtype=dtype, progress=progress)
     index = read_json(root / "model_index.json")
     if widths is None:
-        encoder = _load_encoder(root, index, variant, device, dtype, progress)
+        encoder = load_encoder(root, variant, device, dtype, progress)
         widths = encoder_widths(encoder)
     else:
         encoder = PromptEncoder((), penultimate="text_encoder_2" in index, progress=progress)
@@ -220,17 +217,19 @@ def encoder_parts(root: Path, index: Mapping[str, Any]) -> list[tuple[str, str]]
     return parts
 
 
-def _load_encoder(
-    root: Path, index: Mapping[str, Any], variant: str | None, device: str, dtype: torch.dtype | None, progress: bool
+def load_encoder(
+    root: Path, variant: str | None, device: str, dtype: torch.dtype | None, progress: bool
 ) -> PromptEncoder:
-    pairs = []
+    """The text encoders and tokenizers of a diffusers folder."""
+    index, pairs = read_json(root / "model_index.json"), []
     for name, kind in encoder_parts(root, index):
-        tokenizer = _tokenizer(root / name.replace("text_encoder", "tokenizer"))
+        tokenizer = load_tokenizer(root / name.replace("text_encoder", "tokenizer"))
         pairs.append((tokenizer, _text_model(root / name, kind, variant, device, dtype)))
     return PromptEncoder(tuple(pairs), penultimate="text_encoder_2" in index, progress=progress)
 
 
-def _tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """The CLIP tokenizer of a folder, or `CheckpointError`."""
     from transformers import CLIPTokenizer
 
     if not folder.is_dir():
@@ -269,6 +268,11 @@ def _text_model(folder: Path, kind: str, variant: str | None, device: str, dtype
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise CheckpointError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}; take a sound copy")
+    return place_model(model, device)
+
+
+def place_model(model: Any, device: str) -> Any:
+    """A model that is only run, on `device`; `CheckpointError` where there is no such device."""
     try:
         return model.eval().requires_grad_(False).to(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has no error of its own for this

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -12,7 +13,7 @@ import click
 
 from . import __version__
 from .cli_attack import attack
-from .cli_common import DTYPES, UNDO_NOTE, Command, F, check_output, output_options, print_result
+from .cli_common import DTYPES, UNDO_NOTE, Command, F, check_output, check_same_kind, output_options, print_result
 from .cli_edits import COMMANDS
 from .concepts import Concept, load_concepts, load_prompts
 from .config import EditConfig
@@ -57,7 +58,7 @@ def cli() -> None:
 @cli.command(cls=Command)
 @click.argument("model")
 @click.argument("names", nargs=-1, metavar="[CONCEPT]...")
-@click.option("--output", "-o", "out", type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--output", "-o", "out", type=click.Path(path_type=Path), help="Folder or .safetensors file to write.")
 @click.option(
     "--save-edit",
     type=click.Path(path_type=Path),
@@ -81,18 +82,29 @@ def cli() -> None:
 @click.option("--dtype", type=click.Choice(DTYPES), help="Precision of the text encoder.  [default: float32]")
 @click.option("--variant", help="Weights of the text encoder to read, such as fp16.")
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    help="Folder with CLIP's vocab.json and merges.txt, for a single file.  [default: the local hub cache]",
+)
+@click.option(
+    "--text-encoder",
+    type=click.Path(path_type=Path),
+    help="Diffusers folder whose text encoders to use, for a single file of the U-Net alone.",
+)
 @click.option("--link", is_flag=True, help="Hard-link the unedited weights in place of copying them.")
 @click.option("--undo/--no-undo", default=True, show_default=True, help="Keep the original weights for `undo`.")
 @output_options
 def erase(model: str, names: tuple[str, ...], out: Path | None, save_edit: Path | None, **options: Any) -> None:
     """Write a copy of MODEL that no longer draws each CONCEPT.
 
-    MODEL is a diffusers folder or a hub id. It is never changed.
+    MODEL is a diffusers folder, a hub id or a single .safetensors file (A1111, ComfyUI). It is never changed.
 
     \b
     realera-edit erase ./sd15 "Van Gogh" "Picasso" --to "a painting" --preserve "Monet" -o ./no-painters
     realera-edit erase ./sdxl --concepts celebrities.csv --preserve-file keep.txt -o ./safe
     realera-edit erase ./sd15 "Van Gogh" --save-edit no-van-gogh.safetensors
+    realera-edit erase model.safetensors "Van Gogh" --tokenizer ./sd15 -o edited.safetensors
     """
     if out is None and save_edit is None:
         raise click.UsageError("Missing option '--output' / '-o' (or '--save-edit').")
@@ -106,6 +118,7 @@ def erase(model: str, names: tuple[str, ...], out: Path | None, save_edit: Path 
     for path in (out, save_edit):
         if path is not None:
             check_output(path, force)
+    check_same_kind(Path(model), out)
     import torch
 
     from .edit import edit_model
@@ -135,7 +148,7 @@ def erase(model: str, names: tuple[str, ...], out: Path | None, save_edit: Path 
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the record as one JSON object.")
 def inspect(path: Path, as_json: bool) -> None:
-    """Print what was erased from PATH: an edited folder, one of its weight files, or an edit file.
+    """Print what was erased from PATH: an edited folder or single file, a weight file, or an edit file.
 
     \b
     realera-edit inspect ./no-painters
@@ -154,18 +167,24 @@ def inspect(path: Path, as_json: bool) -> None:
 
 @cli.command(cls=Command)
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--output", "-o", "out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--output", "-o", "out", required=True, type=click.Path(path_type=Path), help="What to write.")
 @output_options
 def undo(path: Path, out: Path, force: bool, as_json: bool, quiet: bool) -> None:
-    """Write a copy of the edited folder PATH with the original weights, to the bit.
+    """Write a copy of the edited folder or single file PATH with the original weights, to the bit.
 
     \b
     realera-edit undo ./no-painters -o ./restored
+    realera-edit undo edited.safetensors -o restored.safetensors
     """
     check_output(out, force)
+    check_same_kind(path, out)
     from .provenance import undo_folder
+    from .single_output import undo_file
 
-    undo_folder(path, out, force=force, progress=not quiet and not as_json)
+    if os.path.isfile(path):
+        undo_file(path, out, force=force)
+    else:
+        undo_folder(path, out, force=force, progress=not quiet and not as_json)
     print_result({"restored": str(out)}, f"restored   {out}", as_json, quiet)
 
 

@@ -62,6 +62,15 @@ def check_output(out: Path, force: bool, inputs: Sequence[Path] = ()) -> None:
         raise CheckpointError(f"{out}: already exists; choose another output, or replace it with --force")
 
 
+def check_same_kind(model: Path, out: Path | None) -> None:
+    """A single file becomes a single file, a folder a folder: told before the work, not after it."""
+    single = os.path.isfile(model)
+    if out is None or not os.path.exists(model) or single == (out.suffix == ".safetensors"):
+        return
+    kind, wanted = ("file", "ends in .safetensors") if single else ("folder", "does not end in .safetensors")
+    raise CheckpointError(f"{out}: MODEL is a {kind}, and so is the output; give it a name that {wanted}")
+
+
 def print_result(data: dict[str, Any], text: str, as_json: bool, quiet: bool) -> None:
     """The record as one JSON object, or the text, or nothing."""
     if as_json:

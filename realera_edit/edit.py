@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,16 @@ from .compute import Edit, compute_edit
 from .concepts import Concept, resolve_concepts
 from .config import EditConfig
 from .errors import CheckpointError, ConceptError, RealEraWarning
+from .history import previous_records
 from .hub import resolve
 from .layers import metric
 from .pipeline import LoadedPipeline
-from .projections import selected
-from .provenance import RECORD, UNDO, header_metadata, record, write_undo
+from .projections import Projection, selected
+from .provenance import RECORD, UNDO, header_metadata, record, write_record, write_undo
 from .report import render
+from .single_output import save_single
+from .singlefile import SingleFile, open_single
+from .tensorfile import TensorFile, rewrite
 from .writer import check_outside, copy_rest, edited_tensors, staged
 
 if TYPE_CHECKING:
@@ -48,14 +53,16 @@ class EditResult:
     progress: bool = False
 
     def save(self, out: str | Path, *, force: bool = False, link: bool = False, undo: bool = True) -> Path:
-        """Write the edited model to the folder `out`, which appears whole or not at all.
+        """Write the edited model to the folder `out` (of a single file: the file), which appears whole or not at all.
 
-        `force` replaces an existing folder, `link` hard-links unedited weights, `undo` stores the original weights
-        of the edited tensors beside the model, so that `undo_folder` restores them to the bit: delete
-        `realera_edit_undo.safetensors` before you publish. Raises `CheckpointError`.
+        `force` replaces an existing output, `link` hard-links unedited weights of a folder, `undo` stores the original
+        weights of the edited tensors beside the model, so that `undo_folder` or `undo_file` restores them to the bit:
+        delete `realera_edit_undo.safetensors` before you publish. Raises `CheckpointError`.
         """
         out = Path(out)
-        if isinstance(self.source, Checkpoint):
+        if isinstance(self.source, SingleFile):
+            save_single(self, self.source, out, force=force, link=link, undo=undo)
+        elif isinstance(self.source, Checkpoint):
             self._save_folder(self.source, out, force, link, undo)
         else:
             self._save_pipeline(self.source, out, force)
@@ -76,7 +83,7 @@ class EditResult:
         """Restore a loaded pipeline to the bit. `CheckpointError` for a folder: it was never changed."""
         if isinstance(self.source, Checkpoint):
             raise CheckpointError(
-                f"{self.source.where}: was not changed; for a saved edit call undo_folder(OUT, RESTORED)"
+                f"{self.source.where}: was not changed; for a saved edit call undo_folder(OUT, RESTORED), or undo_file"
             )
         self.source.restore()
 
@@ -100,6 +107,24 @@ class EditResult:
         """The record that is written to `realera_edit.json`."""
         return record(self)
 
+    @cached_property
+    def previous(self) -> tuple[dict[str, Any], ...]:
+        """Records of the edits that a folder or a single file went through before this one, oldest first."""
+        if not isinstance(self.source, Checkpoint):
+            return ()
+        return previous_records(self.source.root, [f for d in self.source.denoisers for f in d.files])
+
+    def rewrite(self, file: TensorFile, projections: Sequence[Projection], target: Path, group: str) -> None:
+        """Write the edited `file` to `target`; `projections` are all those in it, `group` is its name in `tensors`."""
+        chosen = {p.name: p.role for p in selected(projections, self.config.edit, self.config.pooled)}
+
+        def product(names: list[str], weights: list[Tensor]) -> list[Tensor]:
+            return apply_by_role(self.edit, [chosen[name] for name in names], weights)
+
+        names = [name for name in file.entries if name in chosen]
+        hashes = self.tensors.setdefault(group, {})
+        rewrite(file, target, header_metadata(self), edited_tensors(file, names, product, hashes))
+
     def counts(self) -> dict[str, int]:
         """How many projections of each role were found and how many are edited."""
         found = self.source.projections
@@ -118,41 +143,21 @@ class EditResult:
         needed = sum(
             path.stat().st_size for path in source.root.rglob("*") if path.is_file() and path not in source.dropped
         )
-        chosen: dict[str, list[str]] = {}
-        for denoiser, file in files:
-            names = {p.name for p in selected(denoiser.projections, self.config.edit, self.config.pooled)}
-            chosen[str(file.path.relative_to(source.root))] = [n for n in file.entries if n in names]
         with staged(out, force=force, needed=needed, source=source.root) as folder:
             copy_rest(source.root, folder, skip, link, self.progress)
             for denoiser, file in files:
                 relative = str(file.path.relative_to(source.root))
                 (folder / relative).parent.mkdir(parents=True, exist_ok=True)
-                hashes = self.tensors.setdefault(relative, {})
-                roles = {p.name: p for p in denoiser.projections}
-                from .tensorfile import rewrite
-
-                def product(names: list[str], weights: list[Tensor], roles: Mapping[str, Any] = roles) -> list[Tensor]:
-                    return apply_by_role(self.edit, [roles[name].role for name in names], weights)
-
-                rewrite(
-                    file,
-                    folder / relative,
-                    header_metadata(self),
-                    edited_tensors(file, chosen[relative], product, hashes),
-                )
+                self.rewrite(file, denoiser.projections, folder / relative, relative)
             check_changed(source.where, self.tensors)
             if undo:
-                write_undo(folder / UNDO, source.root, chosen)
-            (folder / RECORD).write_text(
-                json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
+                write_undo(folder / UNDO, source.root, {name: list(hashes) for name, hashes in self.tensors.items()})
+            write_record(folder / RECORD, self.to_dict())
 
     def _save_pipeline(self, source: LoadedPipeline, out: Path, force: bool) -> None:
         with staged(out, force=force, needed=source.bytes()) as folder:
             source.pipe.save_pretrained(folder, safe_serialization=True)
-            (folder / RECORD).write_text(
-                json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
+            write_record(folder / RECORD, self.to_dict())
 
 
 def apply_by_role(edit: Edit, roles: Sequence[str], weights: Sequence[Tensor]) -> list[Tensor]:
@@ -191,11 +196,15 @@ def edit_model(
     variant: str | None = None,
     revision: str | None = None,
     progress: bool = False,
+    tokenizer: str | Path | None = None,
+    text_encoder: str | Path | None = None,
 ) -> EditResult:
     """Erase `concepts` from `model`.
 
     `model`: a loaded diffusers pipeline, edited in place (undo with `result.undo()`), or the path or hub id of a
-    diffusers folder, of which only the text encoder is loaded (`result.save(OUT)` writes the edited copy).
+    diffusers folder, or the path of a single `.safetensors` file, of which only the text encoder is loaded
+    (`result.save(OUT)` writes the edited copy). For a single file, `tokenizer` is a folder with CLIP's vocab.json and
+    merges.txt (default: the local hub cache), and `text_encoder` a diffusers folder, for a file of the U-Net alone.
     `concepts`: names, `Concept`s or mappings with name, target, aliases, strength, kind. `target`: for concepts
     without one of their own. `preserve`: names or prompts that must stay. `prior`: prompts in place of the
     vocabulary's frequent words. `device`, `dtype`: of the text encoder of a folder (default: a GPU where there is
@@ -212,9 +221,25 @@ def edit_model(
     source: Checkpoint | LoadedPipeline
     if isinstance(model, (str, Path)):
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        source = open_checkpoint(
-            resolve(model, revision), variant=variant, device=place, dtype=dtype, progress=progress
-        )
+        path = resolve(model, revision)
+        if os.path.isfile(path):  # unlike Path.is_file, never raises
+            source = open_single(
+                path,
+                tokenizer=tokenizer,
+                text_encoder=text_encoder,
+                variant=variant,
+                device=place,
+                dtype=dtype,
+                progress=progress,
+            )
+        elif tokenizer is None and text_encoder is None:
+            source = open_checkpoint(path, variant=variant, device=place, dtype=dtype, progress=progress)
+        else:
+            raise CheckpointError(
+                f"{path}: no single file; --tokenizer and --text-encoder are for those, leave them out for a folder"
+            )
+    elif tokenizer is not None or text_encoder is not None:
+        raise CheckpointError("a loaded pipeline has its own text encoder: leave tokenizer and text_encoder out")
     else:
         source = LoadedPipeline(model, progress=progress)
     selection = selected(source.projections, config.edit, config.pooled)

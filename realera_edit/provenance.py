@@ -11,22 +11,21 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
-from .checkpoint import UNDO_FILE, read_json
+from . import __version__, history
+from .checkpoint import UNDO_FILE
 from .compute import space_report
 from .errors import CheckpointError
-from .report import render
+from .history import header_of, read_record, recipe_in, record_before, record_beside, sidecars, undone_metadata
 from .tensorfile import TensorFile, open_tensors, rewrite, write_tensors
 from .writer import copy_rest, digest, staged
 
 if TYPE_CHECKING:
     from .edit import EditResult
 
-RECORD = "realera_edit.json"
+RECORD = history.RECORD
 UNDO = UNDO_FILE
-METADATA_KEY = "realera_edit"
+METADATA_KEY = history.METADATA_KEY
 EDIT_FILE_KEY = "realera_edit_file"
-_SIDES = ("before", "after")
 
 
 def versions() -> dict[str, str]:
@@ -74,6 +73,7 @@ def record(result: EditResult) -> dict[str, Any]:
         "text_encoder": edit.fingerprint,
         "versions": versions(),
         "tensors": result.tensors,
+        **({"previous": list(result.previous)} if result.previous else {}),
     }
 
 
@@ -88,7 +88,12 @@ def header_metadata(result: EditResult) -> dict[str, str]:
         "concepts": [{"name": c.name, "target": c.target, "aliases": list(c.aliases)} for c in result.edit.concepts],
         "config": result.config.to_dict(),
     }
-    return {METADATA_KEY: json.dumps(recipe, ensure_ascii=False)}
+    return header_of(recipe, result.previous)
+
+
+def write_record(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a record as JSON."""
+    path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_undo(path: Path, root: Path, chosen: Mapping[str, Sequence[str]]) -> None:
@@ -108,36 +113,21 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
     if path.is_dir():
         if not (path / RECORD).is_file():
             raise CheckpointError(f"{path}: no {RECORD}; this folder was not written by realera-edit")
-        data = read_json(path / RECORD)
-        _check_record(path / RECORD, data)
+        data = read_record(path / RECORD)
         data["undo"] = (path / UNDO).is_file()
         return data
-    metadata = open_tensors(path).metadata
-    if EDIT_FILE_KEY in metadata:
+    file = open_tensors(path)
+    if EDIT_FILE_KEY in file.metadata:
         from .editfile import EditFile
 
         return EditFile.load(path).to_dict()
-    text = metadata.get(METADATA_KEY)
-    if text is None:
+    recipe = recipe_in(file)
+    if recipe is None:
         raise CheckpointError(f"{path}: its header has no record of an edit")
-    try:
-        recipe = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the record in its header is damaged: {error}") from error
-    if not isinstance(recipe, dict):
-        raise CheckpointError(f"{path}: the record in its header is damaged: not a mapping")
-    return recipe
-
-
-def _check_record(path: Path, data: Mapping[str, Any]) -> None:
-    try:
-        render(data)
-        hashes = [pair[side] for file in data["tensors"].values() for pair in file.values() for side in _SIDES]
-        sound = all(isinstance(value, str) for value in hashes)
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"{path}: is damaged ({type(error).__name__}: {error}); take a sound copy") from error
-    if not sound:
-        raise CheckpointError(f"{path}: is damaged: its hashes are not text; take a sound copy")
+    whole = record_beside(path, recipe) if "concepts" in recipe else None
+    if whole is None:
+        return recipe
+    return {**whole, "undo": sidecars(path)[1].is_file()}
 
 
 def undo_folder(path: str | Path, out: str | Path, *, force: bool = False, progress: bool = False) -> Path:
@@ -146,15 +136,16 @@ def undo_folder(path: str | Path, out: str | Path, *, force: bool = False, progr
     Raises `CheckpointError` where the undo file is missing or damaged, or a weight is not the one that the edit wrote.
     """
     root, out = Path(path), Path(out)
-    tensors: dict[str, dict[str, dict[str, str]]] = inspect_path(root)["tensors"]
+    data = inspect_path(root)
+    tensors: dict[str, dict[str, dict[str, str]]] = data["tensors"]
     if not (root / UNDO).is_file():
         raise CheckpointError(f"{root}: no {UNDO}: it was saved without one, or the file was deleted before publishing")
     stored = open_tensors(root / UNDO)
-    originals = _originals(stored, tensors, root)
+    originals = originals_of(stored, tensors, root / RECORD)
     files = {relative: open_tensors(root / relative) for relative in originals}
     for relative, names in originals.items():
         for name in names:
-            _check_hashes(files[relative], stored, relative, name, tensors[relative][name])
+            check_hashes(files[relative], stored, relative, name, tensors[relative][name])
     skip = {file.path for file in files.values()} | {root / UNDO, root / RECORD}
     needed = sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
     with staged(out, force=force, needed=needed, source=root) as folder:
@@ -162,31 +153,32 @@ def undo_folder(path: str | Path, out: str | Path, *, force: bool = False, progr
         for relative, file in files.items():
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
             restored = ((name, stored.read(f"{relative}::{name}")) for name in originals[relative])
-            rewrite(
-                file, folder / relative, {METADATA_KEY: json.dumps({"undone": True, "version": __version__})}, restored
-            )
+            rewrite(file, folder / relative, undone_metadata(data), restored)
+        if (before := record_before(data)) is not None:
+            write_record(folder / RECORD, before)
     return out
 
 
-def _originals(stored: TensorFile, tensors: Mapping[str, Mapping[str, Any]], root: Path) -> dict[str, list[str]]:
+def originals_of(stored: TensorFile, tensors: Mapping[str, Mapping[str, Any]], record: Path) -> dict[str, list[str]]:
     """File -> the tensors to restore in it: those of the undo file, which must be those of the record."""
     originals: dict[str, list[str]] = {relative: [] for relative in tensors}
     for relative in tensors:
         if Path(relative).is_absolute() or ".." in Path(relative).parts:
-            raise CheckpointError(f"{root / RECORD}: names {relative!r}, which is outside of its folder; not restored")
+            raise CheckpointError(f"{record}: names {relative!r}, which is outside of its folder; not restored")
     for key in stored.entries:
         relative, _, name = key.partition("::")
         if name not in tensors.get(relative, {}):
-            raise CheckpointError(f"{root / UNDO}: {key} is not among the tensors that {RECORD} names as edited")
+            raise CheckpointError(f"{stored.path}: {key} is not among the tensors that {record.name} names as edited")
         originals[relative].append(name)
     for relative, names in tensors.items():
         for name in names:
             if name not in originals[relative]:
-                raise CheckpointError(f"{root / UNDO}: holds no original of {name} in {relative}; take a sound copy")
+                raise CheckpointError(f"{stored.path}: holds no original of {name} in {relative}; take a sound copy")
     return originals
 
 
-def _check_hashes(file: TensorFile, stored: TensorFile, relative: str, name: str, hashes: Mapping[str, str]) -> None:
+def check_hashes(file: TensorFile, stored: TensorFile, relative: str, name: str, hashes: Mapping[str, str]) -> None:
+    """Raise `CheckpointError` where a weight is not as the edit left it, or its stored original is damaged."""
     if name not in file.entries or digest(file.read(name)) != hashes["after"]:
         raise CheckpointError(f"{file.path}: {name} is not as the edit left it; undo would mix two models")
     if digest(stored.read(f"{relative}::{name}")) != hashes["before"]:

@@ -6,6 +6,7 @@ multiplied by the stored factor, by the same code that `erase` uses.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from .fingerprint import check_encoders, loaded_encoders, stored_encoders, width
 from .hub import resolve
 from .pipeline import LoadedPipeline
 from .projections import selected
+from .singlefile import open_single
 from .solve import Factor, Solution
 from .writer import check_outside
 
@@ -96,7 +98,9 @@ def open_target(
         encoders = stored_encoders(root, variant)
         check_encoders(file.encoders, encoders, str(root), force=force_encoder)
         return open_checkpoint(root, variant=variant, progress=progress, widths=widths(encoders))
-    checkpoint = open_checkpoint(root, variant=variant, progress=progress)
+    if not os.path.isfile(root):
+        return open_checkpoint(root)  # raises: there is no such model
+    checkpoint = open_single(root, variant=variant, words=False)
     check_encoders(file.encoders, loaded_encoders(checkpoint.encoder), str(root), force=force_encoder)
     return checkpoint
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import single_models
 import tiny_models
 import torch
 from hypothesis import settings
@@ -61,6 +62,26 @@ def tiny(pristine: Build, tmp_path: Path) -> Build:
         return target
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def pristine_single(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """`pristine_single(shape, dtype)`: a place with `folder` and the same as `model.safetensors`, not to change."""
+    built: dict[tuple[object, ...], Path] = {}
+
+    def build(shape: str, dtype: torch.dtype = torch.float32) -> Path:
+        if (shape, dtype) not in built:
+            built[shape, dtype] = single_models.build(shape, dtype, tmp_path_factory.mktemp(shape))
+        return built[shape, dtype]
+
+    return build
+
+
+@pytest.fixture
+def single(pristine_single: Build, tmp_path: Path) -> Path:
+    """A tiny Stable Diffusion 1.x as one file, `model.safetensors`; the folder that it was made of is `folder`."""
+    shutil.copytree(pristine_single("tiny-sd15"), tmp_path, dirs_exist_ok=True)
+    return tmp_path / "model.safetensors"
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ def erase(folder: Path, out: Path | None = None) -> None:
 
 
 def test_a_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"gone: no such folder; give a diffusers folder or a hub id"):
+    with pytest.raises(CheckpointError, match=r"gone: no such folder; give a diffusers folder, a \.safetensors file"):
         erase(tmp_path / "gone")
 
 

@@ -187,15 +187,6 @@ def test_pickles_only_are_refused_with_the_command_that_converts(component: str,
         open_checkpoint(sd1)
 
 
-@pytest.mark.parametrize("ending", ["ckpt", "safetensors", "pt"])
-def test_a_single_file_is_refused_with_the_way_to_convert(ending: str, tmp_path: Path) -> None:
-    path = tmp_path / f"model.{ending}"
-    path.write_bytes(b"x")
-    pickled = "a pickled checkpoint can run code" if ending != "safetensors" else "a single file"
-    with pytest.raises(CheckpointError, match=rf"model\.{ending}: {pickled}.*from_single_file\("):
-        open_checkpoint(path)
-
-
 def test_unedited_copies_are_left_out_with_a_warning(sd1: Path, tmp_path: Path) -> None:
     copies = {
         "sd-v1.safetensors",

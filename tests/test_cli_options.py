@@ -68,7 +68,8 @@ def test_every_other_option_reaches_the_library(asked: list[Any], tmp_path: Path
     files = ["--concepts", tmp_path / "names.csv", "--preserve-file", tmp_path / "keep.txt"]
     options = ["--prior-file", tmp_path / "prior.txt", "--device", "cpu", "--dtype", "bfloat16"]
     more = ["--variant", "fp16", "--revision", "v1", "--to", "a painting", "--preserve", "Manet", "-q"]
-    run("erase", "owner/model", "  Pablo  Picasso", "-o", "nowhere", *files, *options, *more)
+    folders = ["--tokenizer", "words", "--text-encoder", "sd15"]
+    run("erase", "owner/model", "  Pablo  Picasso", "-o", "nowhere", *files, *options, *more, *folders)
     (args, options_given), *rest = asked
     assert not rest
     assert args == ("owner/model", [Concept("Pablo Picasso"), Concept("Van Gogh", "art")])
@@ -81,6 +82,8 @@ def test_every_other_option_reaches_the_library(asked: list[Any], tmp_path: Path
         "dtype": torch.bfloat16,
         "variant": "fp16",
         "revision": "v1",
+        "tokenizer": Path("words"),
+        "text_encoder": Path("sd15"),
         "progress": False,
     }
 

@@ -1,0 +1,125 @@
+"""A model in one `.safetensors` file, as A1111 and ComfyUI use it: opened by its keys, never built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .checkpoint import PICKLES, Checkpoint, Denoiser, encoder_widths, load_encoder
+from .clip_tokenizer import find_tokenizer
+from .embeddings import PromptEncoder
+from .errors import CheckpointError
+from .file_encoders import find_encoders, load_encoders
+from .layouts import MAIN, ema_projections, file_projections, unet_prefixes
+from .tensorfile import TensorFile, open_tensors
+
+# Nothing of the pickle is run: weights_only. Each tensor is cloned, since the format stores no views.
+_CONVERT = (
+    'python -c "import torch, safetensors.torch as s; '
+    "d = torch.load('{old}', map_location='cpu', weights_only=True); d = d.get('state_dict', d); "
+    "s.save_file({{k: v.clone() for k, v in d.items() if hasattr(v, 'clone')}}, '{new}')\""
+)
+
+
+@dataclass(frozen=True)
+class SingleFile(Checkpoint):
+    """A single file, opened; `root` is the file. Its projections are named by their keys in it.
+
+    `denoisers`: the U-Net, further networks that read the text (a ControlNet), and their EMA copies.
+    """
+
+    @property
+    def file(self) -> TensorFile:
+        return self.denoisers[0].files[0]
+
+
+def open_single(
+    path: Path,
+    *,
+    tokenizer: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    variant: str | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+    words: bool = True,
+) -> SingleFile:
+    """Open a single file of Stable Diffusion 1.x, 2.x or XL. Raises `CheckpointError` or `ProjectionError`.
+
+    `tokenizer`: a folder with vocab.json and merges.txt (default: CLIP's from the local hub cache); `words` False does
+    without. `text_encoder`: a diffusers folder, whose text encoders (of `variant`) and tokenizers are used in place of
+    the file's: a file of the U-Net alone needs one. Only the text encoders are loaded, in `dtype` (float32 unless
+    told).
+    """
+    if path.suffix.lower() in PICKLES:
+        raise CheckpointError(
+            f"{path}: a pickled checkpoint can run code when loaded and is never opened. Convert it: "
+            + _CONVERT.format(old=path, new=path.with_suffix(".safetensors"))
+        )
+    if variant is not None and text_encoder is None:
+        raise CheckpointError(f"{path}: a single file has no variants; leave --variant out")
+    file = open_tensors(path)
+    shapes = {name: entry.shape for name, entry in file.entries.items()}
+    prefixes = unet_prefixes(shapes)
+    if not prefixes:
+        raise CheckpointError(f"{path}: {_no_unet(file)}")
+    if text_encoder is not None:
+        encoder = _foreign_encoder(Path(text_encoder).expanduser(), tokenizer, variant, device, dtype, progress)
+    else:
+        encoder = _own_encoder(file, tokenizer, device, dtype, progress, words)
+    widths = encoder_widths(encoder)
+    denoisers = []
+    for prefix in prefixes:
+        name = prefix.rstrip(".") or "unet"
+        denoisers.append(Denoiser(name, {}, (file,), file_projections(shapes, prefix, *widths, str(path))))
+        copies = ema_projections(shapes, denoisers[-1].projections, str(path)) if prefix == MAIN else ()
+        if copies:
+            denoisers.append(Denoiser("model_ema", {}, (file,), copies))
+    return SingleFile(path, encoder, tuple(denoisers), ())
+
+
+def _own_encoder(
+    file: TensorFile,
+    tokenizer: str | Path | None,
+    device: str,
+    dtype: torch.dtype | None,
+    progress: bool,
+    words: bool,
+) -> PromptEncoder:
+    stored = find_encoders(file.entries, str(file.path))
+    if not stored:
+        raise CheckpointError(
+            f"{file.path}: holds no text encoder of Stable Diffusion 1.x, 2.x or XL (cond_stage_model.*, "
+            "conditioner.*). Give a diffusers folder of the same family, whose text encoder it was trained with: "
+            "--text-encoder DIR (text_encoder=)"
+        )
+    folder = find_tokenizer(tokenizer, str(file.path)) if words else None
+    return load_encoders(file, stored, folder, device, dtype, progress)
+
+
+def _foreign_encoder(
+    folder: Path,
+    tokenizer: str | Path | None,
+    variant: str | None,
+    device: str,
+    dtype: torch.dtype | None,
+    progress: bool,
+) -> PromptEncoder:
+    if tokenizer is not None:
+        raise CheckpointError(f"{folder}: brings its own tokenizer; give --text-encoder alone, without --tokenizer")
+    return load_encoder(folder, variant, device, dtype, progress)
+
+
+def _no_unet(file: TensorFile) -> str:
+    names = list(file.entries)
+    if any("lora_" in name for name in names):
+        return "a LoRA, not a checkpoint; erase from the model that it is used with"
+    if any(part in name for name in names[:2000] for part in ("joint_blocks.", "double_blocks.", "double_stream")):
+        return "a transformer (SD3, FLUX, ...), which has no cross-attention; Stable Diffusion 1.x, 2.x and XL are read"
+    shown = ", ".join(names[:3]) or "nothing"
+    return (
+        f"no U-Net of Stable Diffusion 1.x, 2.x or XL (no attn2.to_k among its {len(names)} tensors: {shown} ...); "
+        "give the whole checkpoint"
+    )
