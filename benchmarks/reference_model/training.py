@@ -3,6 +3,7 @@
 The batch of a step depends on the seed and the step alone, so a run that was killed goes on as if it had not been.
 """
 
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -17,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from benchmarks.reference_model.pictures import write_atomically
+from benchmarks.reference_model.pictures import DEFAULT_CACHE, write_atomically
 
 Loss = Callable[[torch.Generator], Tensor]
 
@@ -73,8 +74,9 @@ class Trainer:
                 self.average[name].copy_(state[f"average.{name}"])
                 self.optimizer.state[value] = {
                     "step": torch.tensor(float(self.step), device=value.device),
-                    "exp_avg": state[f"first.{name}"].to(value.device),
-                    "exp_avg_sq": state[f"second.{name}"].to(value.device),
+                    # in the weight's own memory format: the fused optimiser walks all of them as they lie
+                    "exp_avg": torch.empty_like(value).copy_(state[f"first.{name}"]),
+                    "exp_avg_sq": torch.empty_like(value).copy_(state[f"second.{name}"]),
                 }
 
     def save(self) -> None:
@@ -129,6 +131,16 @@ class Trainer:
         with torch.no_grad():
             for name, value in self.parameters.items():
                 value.copy_(self.average[name])
+
+
+def command(description: str, train: Callable[[Path], Any]) -> None:
+    """The command line of one part's training."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    train(options.cache)
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -4,7 +4,6 @@
 over the set, which is folded into the 1 x 1 convolutions around it, so the scaling factor is 1.
 """
 
-import argparse
 import math
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 
 from benchmarks.reference_model.judge import to_input
 from benchmarks.reference_model.pictures import DEFAULT_CACHE, load
-from benchmarks.reference_model.training import Loss, Schedule, Trainer, autocast, best_device, device_of
+from benchmarks.reference_model.training import Loss, Schedule, Trainer, autocast, best_device, command, device_of
 
 SIZE, CHANNELS = 64, 8
 SCHEDULE = Schedule(steps=3200, rate=1.2e-3, warmup=100, decay=0.7, seed=2)
@@ -132,15 +131,5 @@ def train(cache: Path = DEFAULT_CACHE, schedule: Schedule = SCHEDULE, until: int
     return run.module
 
 
-def main() -> None:
-    """Train the autoencoder."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    train(options.cache)
-
-
 if __name__ == "__main__":
-    main()
+    command("Train the autoencoder.", train)
