@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .layers import Layers
 from .quadratic import Quadratic, Spectrum
+from .report import plain
 
 BUDGETS = (0.1, 0.25, 0.5, 1.0)
 # Ridge of the embedding attack, in mean eigenvalues of A: our own value. It keeps an unlimited attack from leaving the
@@ -70,7 +71,8 @@ class AttackReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return _plain(asdict(self))  # type: ignore[no-any-return]
+        data: dict[str, Any] = plain(asdict(self))
+        return data
 
     def report(self) -> str:
         """A few lines of text."""
@@ -226,11 +228,3 @@ def nearest_words(
         if word.casefold() != skip.casefold()
     ]
     return sorted(rows, key=lambda row: row.scored.distance)[:top]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -6,7 +6,6 @@ Q = sum_l W_l^T W_l, so that |M x - y|_Q^2 = sum_l |W'_l x - W_l y|^2.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from .errors import CheckpointError, RealEraWarning
 from .neighbours import Region
 from .pairs import ErasePairs
 from .quadratic import Quadratic, Spectrum
+from .report import plain
 
 # A state that moves by more than this share of its norm may be drawn as something else: measured, docs/method.md.
 DAMAGING = 0.5
@@ -109,7 +109,7 @@ class Geometry:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, numbers to four digits; of the words the 30 most moved."""
-        data = _plain({**asdict(self), "words": [asdict(word) for word in self.words[:SHOWN_WORDS]]})
+        data = plain({**asdict(self), "words": [asdict(word) for word in self.words[:SHOWN_WORDS]]})
         return {**data, "words_measured": len(self.words)}
 
     def report(self) -> str:
@@ -247,13 +247,3 @@ def _worst(matrix: Tensor, norms: _Norms, x: Tensor, y: Tensor, region: Region) 
     regained = 1 - back.bound.clamp_min(0).sqrt() / start.clamp_min(1e-300)
     regained = torch.where(start > 1e-9 * norms.square(x).sqrt(), regained.clamp(0, 1), torch.zeros_like(start))
     return regained, (away.bound / norms.square(x - y).clamp_min(1e-300)).clamp_min(0).sqrt()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.4g}") if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 _SHOWN = 12
 _CHANGES = {"k": "keys", "v": "values"}
+
+
+def plain(value: Any) -> Any:
+    """Nested dataclass fields as JSON types: numbers to four digits, none where one is not finite."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def render(data: Mapping[str, Any]) -> str:
