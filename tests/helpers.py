@@ -6,17 +6,37 @@ import hashlib
 import json
 import signal
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file
 
-from realera_edit import EditConfig
+from realera_edit import EditConfig, EditFile, edit_model
 from realera_edit.cli import cli
 
 # Small in every respect that costs time; strong enough that each projection changes in half precision too.
 QUICK = EditConfig(strength=0.8, words=0, beyond=0, prior_words=60, ridge=1e-3)
+DENSE = replace(QUICK, perturbation="isotropic", radius=0.5)
 UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+def made(model: Path, *names: str, **changes: Any) -> EditFile:
+    """A quick edit of `model` as an edit file; it erases "cat" unless told."""
+    return EditFile.of(edit_model(model, list(names) or ["cat"], config=replace(QUICK, **changes)))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The U-Net's weights in float64."""
+    return {name: tensor.double() for name, tensor in load_file(folder / UNET).items()}
+
+
+def gap(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
+    """|one - two| / |two| over all weights that an edit changes."""
+    names = [name for name in one if ".attn2.to_k." in name or ".attn2.to_v." in name or name.startswith("add_embedd")]
+    return float(sum((one[n] - two[n]).norm() ** 2 for n in names) / sum(two[n].norm() ** 2 for n in names)) ** 0.5
 
 
 def tree(folder: Path) -> dict[str, str]:
