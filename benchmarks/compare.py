@@ -2,7 +2,8 @@
 
 `python -m benchmarks.compare --model DIR --editors ours uce rece mace speed realera --concepts 1 10 --draws 5` draws
 nested sets of concepts, edits the model with each editor and measures it with `benchmarks.quality`. A peer's name alone
-stands for its published settings, with "+" it is given our contexts, positions, prior and target. All editors are told
+stands for its published settings, with "+" it is given our contexts, positions, prior and target; settings may follow
+as JSON, `'ours{"strength": 0.7}'`. All editors are told
 the same half of the remaining concepts to retain; acc_s and acc_n_unseen are taken on the other half.
 Each row is appended to a JSONL file as soon as it is there, and a row that is there already is not drawn again.
 
@@ -32,7 +33,7 @@ import torch
 from benchmarks import common
 from benchmarks.peers import PEERS, Options, given, vocabulary_prior
 from benchmarks.quality import Bench, Quality, Rate, Settings, load_pipeline, measure
-from benchmarks.reference_model.pictures import DEFAULT_CACHE
+from benchmarks.reference_model.pictures import DEFAULT_CACHE, write_atomically
 from benchmarks.reference_model.rates import bootstrap
 from benchmarks.reference_model.splits import Split, split_of
 from realera_edit import Concept, EditConfig, RealEraError, RealEraWarning, edit_model
@@ -67,9 +68,14 @@ class Editor:
         return {k: v for k, v in tidy(dataclasses.asdict(self.settings)).items() if k != "prior"}
 
 
-def make_editor(name: str, count: int, changes: Mapping[str, Any] | None = None) -> Editor:
-    """An editor for `count` concepts, with some of its settings changed. Raises `ValueError`."""
-    changed = {k: tuple(v) if isinstance(v, list) else v for k, v in (changes or {}).items()}
+def make_editor(written: str, count: int) -> Editor:
+    """An editor for `count` concepts, from its name and the settings that follow it. Raises `ValueError`."""
+    name, brace, settings = written.partition("{")
+    try:
+        changes = json.loads(brace + settings) if brace else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"editor {written!r}: after the name comes a JSON object ({error})") from None
+    changed = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
     if name not in EDITORS:
         raise ValueError(f"editor {name!r}: expected one of {', '.join(EDITORS)}")
     try:
@@ -150,13 +156,7 @@ def figures(quality: Quality) -> Row:
     return tidy({**found, "aliases": chosen["aliases"], "far": chosen["far"], "far_kind": chosen["far_kind"]})
 
 
-def rows_of(
-    bench: Bench,
-    pipe: Any,
-    options: argparse.Namespace,
-    changes: Mapping[str, Mapping[str, Any]],
-    record: Row,
-) -> Iterator[Row]:
+def rows_of(bench: Bench, pipe: Any, options: argparse.Namespace, record: Row) -> Iterator[Row]:
     """Every row of a comparison, from the results file or measured now. `pipe`: a second copy of the model."""
     names = {p.name for p in LoadedPipeline(pipe).projections}
     originals = {n: p.data.clone() for n, p in pipe.unet.named_parameters() if n in names}
@@ -167,7 +167,7 @@ def rows_of(
         for count, erased in sets.items():
             kept = retained(bench, options.split, erased)
             for name in options.editors:
-                editor = make_editor(name, count, changes.get(name))
+                editor = make_editor(name, count)
                 about = {"editor": name, "settings": editor.described(), "target": options.target}
                 about |= {"split": options.split, "judge": options.judge, "draw": draw, "concepts": count}
                 about |= {"erased": erased, "retain": kept}
@@ -248,25 +248,40 @@ def table(lines: Sequence[Row]) -> str:
     return "\n".join(out)
 
 
+def by_metric(lines: Sequence[Row]) -> dict[str, Any]:
+    """Metric -> editor -> number of concepts -> mean, interval and count."""
+    found: dict[str, Any] = {}
+    for line in lines:
+        for name, part in line.items():
+            if isinstance(part, dict):
+                found.setdefault(name, {}).setdefault(line["editor"], {})[str(line["concepts"])] = part
+    for name in ("drift", "seconds"):
+        for line in lines:
+            found.setdefault(name, {}).setdefault(line["editor"], {})[str(line["concepts"])] = {"mean": line[name]}
+    return found
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", required=True, help="checkpoint folder with concepts.json, or emoji")
-    add("--editors", nargs="+", default=["ours", "uce", "rece", "mace", "speed", "realera"], choices=EDITORS)
+    add("--editors", nargs="+", default=["ours", "uce", "rece", "mace", "speed", "realera"], help=", ".join(EDITORS))
     add("--concepts", type=int, nargs="+", default=[1, 10], help="sizes of the nested sets")
     add("--draws", type=int, default=5)
     add("--split", choices=("development", "report"), default="development", help="of the concepts")
     add("--judge", choices=("development", "report"), default="development")
     add("--target", help="what every concept becomes  [default: each editor's own]")
-    add("--options", default="{}", help='settings to change, as JSON: {"uce": {"lamb": 0.1}}')
     add("--results", type=Path, default=Path("benchmarks/results/compare.jsonl"), help="rows; a run goes on from them")
     add("--cache", type=Path, default=DEFAULT_CACHE)
     add("--seeds", type=int, default=4, help="pictures of each prompt")
+    add("--steps", type=int, default=Settings.steps, help="of the sampler")
+    add("--fast", action="store_true", help="draw with the U-Net in bfloat16")
     add("--far", type=int, default=Settings.far, help="far concepts")
     add("--seed", type=int, default=0, help="of the sets")
     add("--threads", type=int, default=2)
     add("--json", action="store_true", help="one JSON object in place of the table")
+    add("--summary", type=Path, help="also write the figures there, by metric, editor and number of concepts")
     return parser.parse_args(arguments)
 
 
@@ -276,18 +291,28 @@ def main(arguments: Sequence[str] | None = None, bench: Bench | None = None) -> 
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore", RealEraWarning)
     if bench is None:
-        settings = Settings(seeds=tuple(range(options.seeds)), far=options.far)
+        settings = Settings(
+            steps=options.steps,
+            fast=options.fast,
+            seeds=tuple(range(options.seeds)),
+            choice_seeds=tuple(range(100, 100 + options.seeds)),
+            far=options.far,
+        )
         bench = Bench(options.model, options.cache, options.judge, settings)
     pipe = load_pipeline(options.model)
     record = {"versions": common.versions(), "machine": common.machine(), "device": str(pipe.device)}
     record |= {"threads": options.threads, "seed": options.seed}
     record["command"] = "python -m benchmarks.compare " + " ".join(sys.argv[1:] if arguments is None else arguments)
     rows = []
-    for row in rows_of(bench, pipe, options, json.loads(options.options), record):
+    for row in rows_of(bench, pipe, options, record):
         rows.append(row)
         shown = f"{row['concepts']} concepts, draw {row['draw']}, {row['editor']}"
         print(f"{shown}: {row.get('error', 'done')}", file=sys.stderr, flush=True)
     lines = summary(rows)
+    if options.summary:
+        drawing = {k: getattr(options, k) for k in ("split", "judge", "steps", "seeds", "fast", "draws", "target")}
+        content = json.dumps({**by_metric(lines), **record, **drawing}, indent=1, allow_nan=False)
+        write_atomically(options.summary, content.encode() + b"\n")
     print(json.dumps({**record, "rows": lines}) if options.json else table(lines))
 
 

@@ -48,6 +48,7 @@ class Settings:
     split_aliases: bool = True  # keep the other split's aliases out
     neighbours: int = 4
     far: int = 24
+    fast: bool = False  # the U-Net in bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +119,9 @@ class Bench:
         self.concepts = {c.label: c for c in read_concepts(model / "concepts.json")}
         self.names = aliases(list(self.concepts.values()), cache)
         self.pipe = load_pipeline(model)
-        self.store = PictureStore(self.pipe, cache / "pictures.sqlite", settings.steps, settings.guidance)
+        self.store = PictureStore(
+            self.pipe, cache / "pictures.sqlite", settings.steps, settings.guidance, settings.fast
+        )
         self.labels = list(self.concepts)
         self.similarity = self._similarity()
 
@@ -243,7 +246,7 @@ def measure(
     chosen = bench.choose(erased, split, preserve)
     cases = cases_of(chosen, options.styles)
     prompts = [case.prompt for case in cases]
-    after = generate(pipe, prompts, options.seeds, options.steps, options.guidance)
+    after = generate(pipe, prompts, options.seeds, options.steps, options.guidance, fast=options.fast)
     before = bench.store.get(prompts, options.seeds)
     edited, right = rates_of(bench, cases, after, set(preserve))
     original, _ = rates_of(bench, cases, before, set(preserve))

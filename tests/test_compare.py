@@ -103,8 +103,7 @@ def test_each_editor_starts_from_the_unedited_model(run: Callable[..., Any], tmp
     assert both["by_concept"] == one["by_concept"]
     assert both["drift"] == pytest.approx(one["drift"], abs=1e-9)
     assert both["drift"] > 0
-    changed = ("--options", '{"uce": {"lamb": 1e9}}')
-    run("--editors", "uce", "--concepts", "2", "--draws", "1", *changed, results="one.jsonl")
+    run("--editors", 'uce{"lamb": 1e9}', "--concepts", "2", "--draws", "1", results="one.jsonl")
     added = lines(tmp_path / "one.jsonl")[1]
     assert added["settings"]["lamb"] == 1e9
     assert added["drift"] < 0.1 * one["drift"]
@@ -121,13 +120,15 @@ def test_a_torn_line_is_cut_off(tmp_path: Path) -> None:
 
 
 def test_changed_settings_are_other_rows(bench: Any) -> None:
-    one, two = compare.make_editor("uce", 1), compare.make_editor("uce", 1, {"lamb": 0.1, "contexts": ["a {}"]})
+    one, two = compare.make_editor("uce", 1), compare.make_editor('uce{"lamb": 0.1, "contexts": ["a {}"]}', 1)
     assert two.described()["lamb"] == 0.1
     assert two.described()["contexts"] == ["a {}"]
     keys = {compare.key_of(bench, {"editor": e.name, "settings": e.described()}) for e in (one, two, one)}
     assert len(keys) == 2
     with pytest.raises(ValueError, match="'uce' has no such setting"):
-        compare.make_editor("uce", 1, {"lambda": 1})
+        compare.make_editor('uce{"lambda": 1}', 1)
+    with pytest.raises(ValueError, match="a JSON object"):
+        compare.make_editor("uce{lamb=1}", 1)
     with pytest.raises(ValueError, match="editor 'ace'"):
         compare.make_editor("ace", 1)
 

@@ -6,7 +6,7 @@ autoencoder and text encoder give; both stay as they are.
 
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,20 @@ from benchmarks.reference_model.training import Loss, Schedule, Trainer, autocas
 
 SCHEDULE = Schedule(steps=5000, rate=8e-4, warmup=200, decay=0.6, average=0.998, seed=3)
 BATCH = 64
-EMPTY = 0.1  # share of captions left out, for classifier-free guidance
-PLAIN = 0.4  # share of captions that name no style
-LABEL = 0.7  # share of captions that use the label, not an alias, where there is one
 JITTER = 0.1  # most noise on the text states, relative: words near a caption's words should draw the same
 GAMMA = 5.0  # min-SNR weights (arXiv 2303.09556)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mix:
+    """Shares of captions: left out, for classifier-free guidance; without a style; with the label, not an alias."""
+
+    empty: float = 0.1
+    plain: float = 0.4
+    label: float = 0.7
+
+
+MIX = Mix()
 
 
 def scheduler() -> Any:
@@ -85,13 +94,12 @@ def text_states(model: Any, tokenizer: Any, texts: Sequence[str], batch: int = 5
     return torch.cat(parts)
 
 
-def load_data(cache: Path = DEFAULT_CACHE) -> Data:
-    """Encode every picture and every caption once."""
-    student, autoencoder = text_encoder.train(cache), vae.train(cache)
-    concepts, shown, texts = load(cache, vae.SIZE).concepts, shown_aliases(), [""]
+def load_data(cache: Path, encoder: Any, tokenizer: Any, autoencoder: Any, names: Mapping[str, Sequence[str]]) -> Data:
+    """Encode every picture and every caption once; `names`: further names of each label."""
+    concepts, texts = load(cache, vae.SIZE).concepts, [""]
     rows, labels = [], []
     for concept in concepts:
-        found = captions([concept.label.lower(), *shown.get(concept.label, ())])
+        found = captions([concept.label.lower(), *names.get(concept.label, ())])
         first = [len(row) for row in captions([concept.label.lower()])]
         ranges = []
         for row in found:
@@ -99,24 +107,23 @@ def load_data(cache: Path = DEFAULT_CACHE) -> Data:
             texts += row
         rows.append(ranges)
         labels.append(first)
-    tokenizer = text_encoder.load_tokenizer(cache / "training" / "tokenizer")
     latents = vae.encode(autoencoder, vae.flat_pictures(cache))
     shape = (len(concepts), -1, *latents.shape[1:])
-    return Data(latents.view(shape), text_states(student.model, tokenizer, texts), rows, labels)
+    return Data(latents.view(shape), text_states(encoder, tokenizer, texts), rows, labels)
 
 
-def pick_captions(data: Data, concepts: Tensor, styles: Tensor, draw: random.Random) -> Tensor:
+def pick_captions(data: Data, concepts: Tensor, styles: Tensor, draw: random.Random, mix: Mix) -> Tensor:
     """A caption's index for each picture (concept, style)."""
     picked = []
     for concept, style in zip(concepts.tolist(), styles.tolist(), strict=True):
-        kind = 0 if draw.random() < PLAIN else style + 1
+        kind = 0 if draw.random() < mix.plain else style + 1
         row, labels = data.rows[concept][kind], data.labels[concept][kind]
-        among = row[:labels] if len(row) == labels or draw.random() < LABEL else row[labels:]
-        picked.append(0 if draw.random() < EMPTY else draw.choice(among))
+        among = row[:labels] if len(row) == labels or draw.random() < mix.label else row[labels:]
+        picked.append(0 if draw.random() < mix.empty else draw.choice(among))
     return torch.tensor(picked)
 
 
-def batch_loss(unet: Any, data: Data, batch: int) -> Loss:
+def batch_loss(unet: Any, data: Data, batch: int, mix: Mix = MIX) -> Loss:
     """The weighted v-prediction error of random pictures, captions, steps and noise."""
     alphas = scheduler().alphas_cumprod
     snr = alphas / (1 - alphas)
@@ -129,7 +136,7 @@ def batch_loss(unet: Any, data: Data, batch: int) -> Loss:
         concept = torch.randint(count, (batch,), generator=generator)
         style = torch.randint(styles, (batch,), generator=generator)
         draw = random.Random(int(torch.randint(2**62, (), generator=generator)))
-        states = data.states[pick_captions(data, concept, style, draw)].float()
+        states = data.states[pick_captions(data, concept, style, draw, mix)].float()
         level = JITTER * torch.rand(batch, 1, 1, generator=generator)
         states = states + level * states.std() * torch.randn(states.shape, generator=generator)
         clean = data.latents[concept, style]
@@ -147,12 +154,16 @@ def batch_loss(unet: Any, data: Data, batch: int) -> Loss:
     return loss
 
 
-def trainer(cache: Path, schedule: Schedule = SCHEDULE, name: str = "unet") -> Trainer:
-    """The U-Net's trainer, at the state that the cache holds."""
-    recipe = {"batch": BATCH, "empty": EMPTY, "plain": PLAIN, "label": LABEL, "jitter": JITTER, "gamma": GAMMA}
+def trainer(
+    cache: Path, schedule: Schedule = SCHEDULE, name: str = "unet", mix: Mix = MIX, unet: Any = None, start: str = ""
+) -> Trainer:
+    """The trainer of a new U-Net, or of `unet`, known by `start`; at the state that the cache holds."""
     from diffusers.models.attention_processor import AttnProcessor
 
-    unet = build(schedule.seed).to(best_device())
+    recipe = {"batch": BATCH, **dataclasses.asdict(mix), "jitter": JITTER, "gamma": GAMMA} | (
+        {"start": start} if start else {}
+    )
+    unet = (build(schedule.seed) if unet is None else unet).to(best_device(), memory_format=torch.channels_last)
     unet.set_attn_processor(AttnProcessor())  # the fused one is slower here: its backward pass suits long sequences
     return Trainer(unet, schedule, cache / "training" / f"{name}.safetensors", recipe)
 
@@ -161,7 +172,10 @@ def train(cache: Path = DEFAULT_CACHE, schedule: Schedule = SCHEDULE, until: int
     """The trained U-Net."""
     run = trainer(cache, schedule)
     if run.step < (until or schedule.steps):
-        run.run(batch_loss(run.module, load_data(cache), BATCH), until)
+        encoder, autoencoder = text_encoder.train(cache).model, vae.train(cache)
+        tokenizer = text_encoder.load_tokenizer(cache / "training" / "tokenizer")
+        data = load_data(cache, encoder, tokenizer, autoencoder, shown_aliases())
+        run.run(batch_loss(run.module, data, BATCH), until)
     run.finish()
     return run.module.eval().cpu()
 

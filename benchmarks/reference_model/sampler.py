@@ -113,13 +113,13 @@ def fingerprint(pipe: Any) -> str:
 class PictureStore:
     """Pictures of one unedited model on disk, by prompt and seed, drawn when first asked for.
 
-    The key holds the model's fingerprint, the steps and the guidance, so an edited model shares no entry.
+    The key holds the model's fingerprint, the steps, the guidance and the precision, so an edited model shares no entry.
     """
 
-    def __init__(self, pipe: Any, path: Path, steps: int = 18, guidance: float = 4.0) -> None:
+    def __init__(self, pipe: Any, path: Path, steps: int = 18, guidance: float = 4.0, fast: bool = False) -> None:
         """Open or create the store at `path`; `pipe` must stay unedited."""
-        self.pipe, self.steps, self.guidance = pipe, steps, guidance
-        self.key = f"{fingerprint(pipe)} {steps} {guidance}"
+        self.pipe, self.steps, self.guidance, self.fast = pipe, steps, guidance, fast
+        self.key = f"{fingerprint(pipe)} {steps} {guidance}" + " bfloat16" * fast
         path.parent.mkdir(parents=True, exist_ok=True)
         self.database = sqlite3.connect(path, timeout=60)
         self.database.execute(
@@ -140,7 +140,7 @@ class PictureStore:
             raise RuntimeError("the stored model was changed in place; edit a second pipeline instead")
         for start in range(0, len(missing), chunk):
             part = missing[start : start + chunk]
-            drawn = generate(self.pipe, part, seeds, self.steps, self.guidance)
+            drawn = generate(self.pipe, part, seeds, self.steps, self.guidance, fast=self.fast)
             rows = [
                 (self.key, prompt, seed, json.dumps(picture.shape), picture.tobytes())
                 for prompt, pictures in zip(part, drawn, strict=True)
