@@ -162,9 +162,10 @@ def rows_of(bench: Bench, pipe: Any, options: argparse.Namespace, record: Row) -
     originals = {n: p.data.clone() for n, p in pipe.unet.named_parameters() if n in names}
     known = read_rows(options.results)
     vocabulary_prior(pipe, [])  # into the disk cache, before anything is timed
-    for draw in range(options.draws):
-        sets = nested_sets(bench, options.split, options.concepts, draw, options.seed)
-        for count, erased in sets.items():
+    draws = options.draws if len(options.draws) > 1 else options.draws * len(options.concepts)
+    for draw in range(max(draws)):
+        counts = [count for count, most in zip(options.concepts, draws, strict=True) if draw < most]
+        for count, erased in nested_sets(bench, options.split, counts, draw, options.seed).items():
             kept = retained(bench, options.split, erased)
             for name in options.editors:
                 editor = make_editor(name, count)
@@ -268,7 +269,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--model", required=True, help="checkpoint folder with concepts.json, or emoji")
     add("--editors", nargs="+", default=["ours", "uce", "rece", "mace", "speed", "realera"], help=", ".join(EDITORS))
     add("--concepts", type=int, nargs="+", default=[1, 10], help="sizes of the nested sets")
-    add("--draws", type=int, default=5)
+    add("--draws", type=int, nargs="+", default=[5], help="of sets; one number, or one for each size")
     add("--split", choices=("development", "report"), default="development", help="of the concepts")
     add("--judge", choices=("development", "report"), default="development")
     add("--target", help="what every concept becomes  [default: each editor's own]")

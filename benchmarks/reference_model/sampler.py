@@ -113,7 +113,7 @@ def fingerprint(pipe: Any) -> str:
 class PictureStore:
     """Pictures of one unedited model on disk, by prompt and seed, drawn when first asked for.
 
-    The key holds the model's fingerprint, the steps, the guidance and the precision, so an edited model shares no entry.
+    The key holds the model's fingerprint, the steps, the guidance and the precision: an edited model shares no entry.
     """
 
     def __init__(self, pipe: Any, path: Path, steps: int = 18, guidance: float = 4.0, fast: bool = False) -> None:
