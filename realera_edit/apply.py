@@ -23,8 +23,9 @@ def apply_factor(factor: Factor, weights: Sequence[Tensor], columns: int | None 
         dtype = torch.promote_types(torch.float32, weight.dtype)
         key = (weight.device, dtype)
         if key not in cast:
-            right = None if factor.right is None else factor.right.to(weight.device, dtype)
-            cast[key] = (factor.left.to(weight.device, dtype), right)
+            # in one memory layout: another one may round otherwise, and a stored factor would give other bits
+            right = None if factor.right is None else factor.right.to(weight.device, dtype).contiguous()
+            cast[key] = (factor.left.to(weight.device, dtype).contiguous(), right)
         left, right = cast[key]
         text = weight[:, :width].to(dtype)
         new = torch.addmm(text, text, left) if right is None else torch.addmm(text, text @ left, right)

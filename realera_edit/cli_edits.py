@@ -20,6 +20,11 @@ def _model_options(command: F) -> F:
     """Options of every command that takes an edit to a model."""
     for option in reversed(
         (
+            click.option(
+                "--text-encoder",
+                type=FILE,
+                help="Diffusers folder whose text encoder to compare, for a single file of the U-Net alone.",
+            ),
             click.option("--force-encoder", is_flag=True, help="Go on though the text encoder is not the edit's own."),
             click.option("--variant", help="Weights of the text encoder to compare, such as fp16."),
             click.option("--revision", help="Branch, tag or commit of a hub model."),

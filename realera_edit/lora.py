@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,10 @@ from .algebra import approximate
 from .checkpoint import Checkpoint, Denoiser, chosen_weights
 from .editfile import EditFile
 from .errors import CheckpointError, ConfigError, RealEraWarning
-from .projections import POOLED, Projection, selected
+from .lora_layout import Layout, original_path, single_layout
+from .projections import Projection, selected
 from .provenance import METADATA_KEY
+from .singlefile import SingleFile
 from .solve import Factor
 from .tensorfile import DTYPES, TensorFile, all_finite, to_bytes, write_tensors
 from .transfer import open_target
@@ -38,8 +39,6 @@ DENSE_ENERGY = 0.99
 # kohya's own default.
 ALPHA = 1.0
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_BLOCK = re.compile(r"^(down_blocks|up_blocks)\.(\d+)\.attentions\.(\d+)\.(.+)$")
-_MIDDLE = "mid_block.attentions.0."
 
 
 @dataclass(frozen=True)
@@ -87,12 +86,13 @@ def export_lora(
     rank: int | None = None,
     energy: float | None = None,
     dtype: torch.dtype = torch.float32,
+    text_encoder: str | Path | None = None,
     variant: str | None = None,
     revision: str | None = None,
     force_encoder: bool = False,
     force: bool = False,
 ) -> LoraReport:
-    """Write `edit` as a LoRA of `model` (an unedited folder or hub id), to be loaded on top of it at scale 1.
+    """Write `edit` as a LoRA of `model` (unedited: a folder, hub id or single file), to be loaded on it at scale 1.
 
     Each layer is the best approximation of W (M - I) of its rank in the Frobenius norm. `rank`: the most that is kept
     of each layer; `energy`: keep the least rank that holds this share of each layer's squared norm. With neither, a
@@ -103,20 +103,30 @@ def export_lora(
     _check_options(format, rank, energy, dtype)
     file = edit if isinstance(edit, EditFile) else EditFile.load(edit)
     out = Path(out)
-    source = open_target(file, model, variant=variant, revision=revision, force_encoder=force_encoder)
-    if not isinstance(source, Checkpoint) or not source.root.is_dir():
-        raise CheckpointError(
-            f"{source.where}: a LoRA is exported for a diffusers folder; give its path, or convert it "
-            "with StableDiffusionPipeline.from_single_file(...).save_pretrained(...)"
-        )
+    source = open_target(
+        file,
+        model,
+        text_encoder=text_encoder,
+        variant=variant,
+        revision=revision,
+        force_encoder=force_encoder,
+    )
+    if not isinstance(source, Checkpoint):
+        raise CheckpointError(f"{source.where}: a LoRA is exported for a model on the disk; give its path")
     check_outside(out, source.root)
-    unet = next(denoiser for denoiser in source.denoisers if denoiser.name == "unet")
-    others = tuple(denoiser.name for denoiser in source.denoisers if denoiser.name != "unet")
+    if isinstance(source, SingleFile):
+        unet, others = source.denoisers[0], _others(source.denoisers[1:])
+        layout = single_layout(source.file, unet)
+        files = dict.fromkeys(layout.paths, source.file)
+    else:
+        unet = next(denoiser for denoiser in source.denoisers if denoiser.name == "unet")
+        others = _others(denoiser for denoiser in source.denoisers if denoiser.name != "unet")
+        layout = Layout(unet.config, {p.name: p.name.removesuffix(".weight") for p in unet.projections})
+        files = _weights(source, unet, variant)
     if others:
         warnings.warn(f"{source.where}: a LoRA reaches the U-Net alone, not {', '.join(others)}", RealEraWarning, 2)
     wanted = selected(unet.projections, file.config.edit, file.config.pooled)
-    files = _weights(source, unet, variant)
-    plan = _Plan(file, unet.config, format, rank, energy, dtype)
+    plan = _Plan(file, layout, format, rank, energy, dtype)
     tensors: dict[str, tuple[str, tuple[int, ...], Callable[[], Any]]] = {}
     for projection in wanted:
         tensors |= plan.layer(projection, files[projection.name])
@@ -128,23 +138,9 @@ def export_lora(
     return report
 
 
-def original_path(path: str, layers: int) -> str:
-    """The path of a module in the original (LDM) U-Net from its path in diffusers'; `layers`: layers_per_block.
-
-    down_blocks.i.attentions.j -> input_blocks.{(layers + 1) i + j + 1}.1, up_blocks.i.attentions.j ->
-    output_blocks.{(layers + 1) i + j}.1, mid_block.attentions.0 -> middle_block.1, add_embedding.linear_1 ->
-    label_emb.0.0. Raises `CheckpointError` for a module that has no place there.
-    """
-    if path == POOLED.removesuffix(".weight"):
-        return "label_emb.0.0"
-    if path.startswith(_MIDDLE):
-        return "middle_block.1." + path[len(_MIDDLE) :]
-    match = _BLOCK.match(path)
-    if match is None:
-        raise CheckpointError(f"{path}: has no place in the original U-Net; export with --format diffusers")
-    place, block, number, rest = match.groups()
-    at = (layers + 1) * int(block) + int(number)
-    return f"input_blocks.{at + 1}.1.{rest}" if place == "down_blocks" else f"output_blocks.{at}.1.{rest}"
+def _others(denoisers: Iterable[Denoiser]) -> tuple[str, ...]:
+    """Networks that a LoRA does not reach; EMA copies are never drawn with."""
+    return tuple(denoiser.name for denoiser in denoisers if denoiser.name != "model_ema")
 
 
 class _Plan:
@@ -153,13 +149,13 @@ class _Plan:
     def __init__(
         self,
         file: EditFile,
-        config: Mapping[str, Any],
+        layout: Layout,
         format: str,
         rank: int | None,
         energy: float | None,
         dtype: torch.dtype,
     ) -> None:
-        self.file, self.config, self.format, self.rank, self.dtype = file, config, format, rank, dtype
+        self.file, self.layout, self.format, self.rank, self.dtype = file, layout, format, rank, dtype
         self.energy = energy
         self.layers: list[Layer] = []
 
@@ -167,13 +163,13 @@ class _Plan:
         self, projection: Projection, file: TensorFile
     ) -> dict[str, tuple[str, tuple[int, ...], Callable[[], Any]]]:
         """Name -> (dtype, shape, bytes) of one layer's tensors."""
-        path = projection.name.removesuffix(".weight")
+        name, path = projection.name, self.layout.paths[projection.name]
         factor = self.file.factor(projection.role)
-        shape = file.entries[projection.name].shape
+        shape = file.entries[name].shape
         if self.format == "full":
             # only when it is written: the differences of a large model together do not fit into memory
-            return {f"{self.key(path)}.diff": (_NAMES[self.dtype], shape, lambda: self.whole(path, file, factor))}
-        weight = file.read(projection.name)[:, : factor.width].to(torch.float64)
+            return {f"{self.key(path)}.diff": (_NAMES[self.dtype], shape, lambda: self.whole(name, file, factor))}
+        weight = file.read(name)[:, : factor.width].to(torch.float64)
         exact = factor.right is not None
         default = DENSE_ENERGY if self.rank is None and not exact else None
         up, down = approximate(weight, factor, self.rank, default if self.energy is None else self.energy)
@@ -197,9 +193,9 @@ class _Plan:
             }
         return {name: (_NAMES[self.dtype], tuple(t.shape), functools.partial(to_bytes, t)) for name, t in named.items()}
 
-    def whole(self, path: str, file: TensorFile, factor: Factor) -> Any:
+    def whole(self, name: str, file: TensorFile, factor: Factor) -> Any:
         """The bytes of one whole dW."""
-        weight = file.read(f"{path}.weight").to(torch.float64)
+        weight, path = file.read(name).to(torch.float64), self.layout.paths[name]
         text = weight[:, : factor.width]
         change = text @ factor.delta() if factor.right is None else (text @ factor.left) @ factor.right
         stored = self.cast(change, path)
@@ -217,8 +213,8 @@ class _Plan:
         """The name of a layer in the chosen format."""
         if self.format == "diffusers":
             return f"unet.{path}"
-        if self.config.get("addition_embed_type") == "text_time":
-            layers = self.config.get("layers_per_block", 2)
+        if self.layout.config.get("addition_embed_type") == "text_time":
+            layers = self.layout.config.get("layers_per_block", 2)
             if not isinstance(layers, int):
                 raise CheckpointError(
                     f"layers_per_block = {layers}: no such U-Net in the original layout; export with --format diffusers"

@@ -50,6 +50,7 @@ def apply_edit(
     edit: EditFile | str | Path,
     model: Any,
     *,
+    text_encoder: str | Path | None = None,
     variant: str | None = None,
     revision: str | None = None,
     force_encoder: bool = False,
@@ -59,13 +60,20 @@ def apply_edit(
 
     For a folder, `result.save(OUT)` writes the edited copy; the text encoder is hashed but never run, so this takes
     about as long as copying the folder. The weights are those that `edit_model` with the same factor gives, to the bit
-    on the same device. `variant`: weights of the text encoder to compare, where the folder has several. Raises
+    on the same device. `text_encoder`: a diffusers folder whose text encoder is compared, for a single file of the
+    U-Net alone. `variant`: weights of the text encoder to compare, where the folder has several. Raises
     `CheckpointError` where the text encoder is not the edit's own (`force_encoder`: only warns), `ProjectionError`
     where its width is another.
     """
     file = edit if isinstance(edit, EditFile) else EditFile.load(edit)
     source = open_target(
-        file, model, variant=variant, revision=revision, force_encoder=force_encoder, progress=progress
+        file,
+        model,
+        text_encoder=text_encoder,
+        variant=variant,
+        revision=revision,
+        force_encoder=force_encoder,
+        progress=progress,
     )
     result = AppliedEdit(
         source, _as_edit(file), file.config, tuple(file.recipe["preserve"]), progress=progress, file=file
@@ -83,6 +91,7 @@ def open_target(
     file: EditFile,
     model: Any,
     *,
+    text_encoder: str | Path | None = None,
     variant: str | None = None,
     revision: str | None = None,
     force_encoder: bool = False,
@@ -94,13 +103,17 @@ def open_target(
         check_encoders(file.encoders, loaded_encoders(source.encoder), source.where, force=force_encoder)
         return source
     root = resolve(model, revision)
+    if text_encoder is not None and not os.path.isfile(root):
+        raise CheckpointError(
+            f"{root}: has its own text encoder; --text-encoder is for single files of the U-Net alone"
+        )
     if root.is_dir():
         encoders = stored_encoders(root, variant)
         check_encoders(file.encoders, encoders, str(root), force=force_encoder)
         return open_checkpoint(root, variant=variant, progress=progress, widths=widths(encoders))
     if not os.path.isfile(root):
         return open_checkpoint(root)  # raises: there is no such model
-    checkpoint = open_single(root, variant=variant, words=False)
+    checkpoint = open_single(root, text_encoder=text_encoder, variant=variant, words=False)
     check_encoders(file.encoders, loaded_encoders(checkpoint.encoder), str(root), force=force_encoder)
     return checkpoint
 

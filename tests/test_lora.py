@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import single_models
 import torch
 from diffusers import ControlNetModel, DiffusionPipeline
 from diffusers.loaders.lora_conversion_utils import _maybe_map_sgm_blocks_to_diffusers
 from helpers import QUICK, UNET, run, tree
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from benchmarks.shapes import meta_unet
 from realera_edit import EditFile, RealEraWarning, apply_edit, edit_model, export_lora, inspect_path
 from realera_edit.checkpoint import open_checkpoint
 from realera_edit.errors import CheckpointError, ConfigError
-from realera_edit.lora import original_path
+from realera_edit.lora_layout import diffusers_path, original_path
 from realera_edit.projections import POOLED
 
 Weights = dict[str, torch.Tensor]
@@ -70,6 +71,25 @@ def test_loaded_at_scale_one_it_is_the_edit_and_below_a_dial(
     assert (POOLED.removesuffix(".weight") in changed) == (family == "sdxl")
     assert report.worst < 1e-6
     assert len({layer.rank for layer in report.layers}) > 1  # narrow layers have less, and are still scaled right
+
+
+@pytest.mark.parametrize("shape", single_models.SHAPES)
+@pytest.mark.parametrize("format", ["diffusers", "kohya", "full"])
+def test_of_a_single_file_it_is_that_of_its_folder(
+    pristine_single: Callable[..., Path], shape: str, format: str, tmp_path: Path
+) -> None:
+    """Same bytes: the names of the original layout are led back to those that UIs expect."""
+    place = pristine_single(shape)
+    edit = EditFile.of(edit_model(place / "folder", ["cat"], config=QUICK))
+    reports = [export_lora(edit, place / f, tmp_path / f, format=format) for f in ("folder", "model.safetensors")]
+    assert (tmp_path / "folder").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+    assert reports[0].layers == reports[1].layers
+    if format == "diffusers":  # a file of the U-Net alone, whose blocks are named as diffusers names them
+        save_file(unet_weights(place / "folder"), tmp_path / "unet.safetensors")
+        with pytest.raises(CheckpointError, match="--text-encoder"):
+            export_lora(edit, tmp_path / "unet.safetensors", tmp_path / "lora")
+        export_lora(edit, tmp_path / "unet.safetensors", tmp_path / "lora", text_encoder=place / "folder")
+        assert (tmp_path / "folder").read_bytes() == (tmp_path / "lora").read_bytes()
 
 
 def test_the_whole_difference(family: str, model: Path, tmp_path: Path) -> None:
@@ -142,6 +162,8 @@ def test_original_names_agree_with_diffusers_own_converter(shape: str) -> None:
     for path, original in known.items():
         rest = ".transformer_blocks.1.attn2.to_k"
         assert original_path(path + rest, 2) == original + rest
+        assert diffusers_path(original + rest, 2) == path + rest
+    assert all(diffusers_path(original_path(path, layers), layers) == path for path in paths for layers in (2, 3))
     with pytest.raises(CheckpointError, match="no place in the original U-Net; export with --format diffusers"):
         original_path("conv_in", 2)
 
