@@ -176,7 +176,7 @@ def test_a_truncation_tells_what_each_layer_lost(sd1: Path, tmp_path: Path) -> N
     original = unet_weights(sd1)
     for options in ({"rank": 4}, {"energy": 0.5}, {"energy": 0.9}, {}):
         with pytest.warns(RealEraWarning, match=r"a truncation: up to [\d.]+% of a layer's change is lost \(.*attn2"):
-            report = export_lora(edit, sd1, tmp_path / "lora", force=True, **options)  # type: ignore[arg-type]
+            report = export_lora(edit, sd1, tmp_path / "lora", force=True, **options)
         stored = load_file(tmp_path / "lora")
         for layer in report.layers:
             change = original[f"{layer.name}.weight"].double() @ edit.cross.delta()
@@ -200,7 +200,7 @@ def test_more_rank_than_there_is_changes_nothing(sd1: Path, tmp_path: Path) -> N
     edit = EditFile.of(edit_model(sd1, ["cat"], config=QUICK))
     exact = export_lora(edit, sd1, tmp_path / "exact")
     for options in ({"rank": 1000}, {"energy": 1.0}):
-        assert export_lora(edit, sd1, tmp_path / "more", force=True, **options).layers == exact.layers  # type: ignore[arg-type]
+        assert export_lora(edit, sd1, tmp_path / "more", force=True, **options).layers == exact.layers
     assert (tmp_path / "more").read_bytes() == (tmp_path / "exact").read_bytes()
 
 
