@@ -24,10 +24,10 @@ from torch import Tensor
 
 from benchmarks import common
 from benchmarks.reference_model.pictures import DEFAULT_CACHE, read_concepts
-from benchmarks.reference_model.rates import harmonic
 from benchmarks.reference_model.sampler import encode, load_pipeline
 from benchmarks.reference_model.splits import aliases, split_of
 from realera_edit import EditConfig, RealEraWarning, edit_model
+from realera_edit.metrics import harmonic
 
 TIMESTEPS = (960, 840, 720)
 TEMPLATES = ("an emoji of a {}", "{}")

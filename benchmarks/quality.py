@@ -22,10 +22,10 @@ from torch import Tensor
 
 from benchmarks.reference_model.judge import Judge
 from benchmarks.reference_model.pictures import DEFAULT_CACHE, Concept, read_concepts
-from benchmarks.reference_model.rates import Rate, bootstrap, harmonic
 from benchmarks.reference_model.sampler import PictureStore, generate, load_pipeline
 from benchmarks.reference_model.splits import Split, aliases, split_of
 from realera_edit.hub import resolve
+from realera_edit.metrics import Rate, bootstrap, harmonic_means
 
 __all__ = ["Bench", "ConceptSet", "Quality", "Rate", "Settings", "generate", "load_pipeline", "measure"]
 
@@ -230,8 +230,7 @@ def harmonics(cases: Sequence[Case], right: Tensor, erased: Sequence[str]) -> di
     s, found = pooled(cases, right, "s").value, {}
     for label in erased:
         e, g, n = (pooled(cases, right, kind, label).value for kind in "egn")
-        row = {"acc_e": e, "acc_g": g, "acc_n": n, "acc_s": s, "H_4": harmonic(1 - e, 1 - g, s, n)}
-        found[label] = {**row, "H_o": harmonic(1 - e, s, 1 - g), "H_c": harmonic(1 - e, s)}
+        found[label] = {"acc_e": e, "acc_g": g, "acc_n": n, "acc_s": s, **harmonic_means(e, g, s, n)}
     return found
 
 

@@ -15,6 +15,7 @@ from . import __version__
 from .cli_attack import attack
 from .cli_common import DTYPES, UNDO_NOTE, Command, F, check_output, check_same_kind, output_options, print_result
 from .cli_edits import COMMANDS
+from .cli_evaluate import evaluate
 from .concepts import Concept, load_concepts, load_prompts
 from .config import EditConfig
 
@@ -31,7 +32,7 @@ def config_options(command: F) -> F:
         elif spec.metadata["choices"]:
             option = click.option(flag, spec.name, type=click.Choice(spec.metadata["choices"]), **meta)
         else:
-            option = click.option(flag, spec.name, type=type(spec.default), **meta)
+            option = click.option(flag, spec.name, type=float if spec.default is None else type(spec.default), **meta)
         command = option(command)
     return command
 
@@ -204,7 +205,7 @@ def completion(shell: str) -> None:
     click.echo(found(cli, {}, "realera-edit", "_REALERA_EDIT_COMPLETE").source())
 
 
-for _command in (*COMMANDS, attack):
+for _command in (*COMMANDS, attack, evaluate):
     cli.add_command(_command)
 
 

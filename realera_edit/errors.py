@@ -31,5 +31,9 @@ class SolveError(RealEraError):
     """The least-squares system could not be solved to a useful accuracy."""
 
 
+class ReportError(RealEraError):
+    """An evaluation folder cannot be read, or no report can be made of it."""
+
+
 class RealEraWarning(UserWarning):
     """The edit was made, but something about it deserves a look."""

@@ -24,12 +24,12 @@ from torch import Tensor
 
 from benchmarks.reference_model.judge import Judge
 from benchmarks.reference_model.pictures import DEFAULT_CACHE, write_atomically
-from benchmarks.reference_model.rates import Rate
 from benchmarks.reference_model.sampler import generate, load_pipeline
 from benchmarks.reference_model.splits import Split
 from benchmarks.reference_model.text_encoder import teach
 from benchmarks.reference_model.texts import unseen_aliases
 from realera_edit.hub import resolve
+from realera_edit.metrics import Rate
 
 SEEDS = (0, 1, 2, 3)
 SURE, WEAK = 0.95, 0.75

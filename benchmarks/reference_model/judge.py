@@ -9,7 +9,6 @@ Two are trained apart: "development" may be used while methods are tuned, "repor
 import argparse
 import dataclasses
 import hashlib
-import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -18,9 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.reference_model.pictures import (
@@ -33,8 +31,7 @@ from benchmarks.reference_model.pictures import (
 from benchmarks.reference_model.splits import Split
 from benchmarks.reference_model.training import autocast
 from realera_edit.hub import resolve
-
-SIZE = 32
+from realera_edit.judges import Network, ReferenceJudge, shrink, to_input, to_uint8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,53 +52,6 @@ RECIPES: dict[Split, Recipe] = {
 }
 
 
-class Network(nn.Module):
-    """Four stages of two 3 x 3 convolutions; concept from the last stage, style from pooled features of all.
-
-    `width` is the number of channels in the first stage; each later stage doubles it and halves the picture.
-    """
-
-    def __init__(self, width: int, concepts: int, styles: int) -> None:
-        """Build it untrained, for so many concepts and styles."""
-        super().__init__()
-        sizes = [3, width, 2 * width, 4 * width, 8 * width]
-        self.stages = nn.ModuleList(
-            nn.Sequential(*self._layer(a, b), *self._layer(b, b)) for a, b in itertools.pairwise(sizes)
-        )
-        self.concept = nn.Linear(sizes[-1], concepts)
-        self.style = nn.Sequential(nn.Linear(2 * sum(sizes[1:]), 128), nn.ReLU(), nn.Linear(128, styles))
-
-    @staticmethod
-    def _layer(inputs: int, outputs: int) -> list[nn.Module]:
-        convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-        return [convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures [n, 3, 32, 32] in [-1, 1] to logits [n, concepts] and [n, styles]."""
-        pooled = []
-        for index, stage in enumerate(self.stages):
-            x = stage(F.max_pool2d(x, 2) if index else x)
-            pooled += [x.mean((2, 3)), x.amax((2, 3))]
-        return self.concept(pooled[-2] + pooled[-1]), self.style(torch.cat(pooled, 1))
-
-
-def to_input(images: Tensor) -> Tensor:
-    """uint8 [n, H, W, 3] to float [n, 3, H, W] in [-1, 1], channels last in memory."""
-    return images.permute(0, 3, 1, 2).float().div(127.5).sub(1)
-
-
-def to_uint8(x: Tensor) -> Tensor:
-    """The inverse of `to_input`, rounded and clipped."""
-    return x.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
-def shrink(images: Tensor) -> Tensor:
-    """uint8 pictures [n, 32 k, 32 k, 3] to [n, 32, 32, 3], each pixel the mean of an area."""
-    if images.shape[1] == SIZE:
-        return images
-    return to_uint8(F.avg_pool2d(to_input(images), images.shape[1] // SIZE))
-
-
 def saved_at(which: Split, model: Path, cache: Path) -> Path:
     """Where the judge of a checkpoint is kept: it knows that checkpoint's concepts and its decoder's artefacts."""
     return cache / f"judge-{which}-{_weights_key(model)}.safetensors"
@@ -114,20 +64,18 @@ def _weights_key(model: Path) -> str:
 
 
 class Judge:
-    """A trained network with the names of its classes."""
+    """A `ReferenceJudge` of one checkpoint, which answers in tensors."""
 
     def __init__(self, network: Network, labels: Sequence[str], styles: Sequence[str]) -> None:
         """Class i of each head is `labels[i]` or `styles[i]`."""
-        self.network, self.labels, self.styles = network.eval(), tuple(labels), tuple(styles)
+        self.judge = ReferenceJudge(network, labels, styles)
+        self.network, self.labels, self.styles = self.judge.network, self.judge.labels, self.judge.styles
         self.index = {label: i for i, label in enumerate(self.labels)}
 
-    @torch.inference_mode()
-    def __call__(self, images: Tensor | np.ndarray, batch: int = 256) -> tuple[Tensor, Tensor]:
-        """Top-1 concept and style index, each int64 [n], of uint8 pictures [n, 32 k, 32 k, 3]."""
-        parts = torch.as_tensor(images).split(batch)
-        answers = [[head.argmax(1) for head in self.network(to_input(shrink(part)))] for part in parts]
-        empty = torch.zeros(0, dtype=torch.int64)
-        return torch.cat([empty, *(a[0] for a in answers)]), torch.cat([empty, *(a[1] for a in answers)])
+    def __call__(self, images: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
+        """Top-1 concept and style index, each int64 [n], of uint8 pictures [n, H, W, 3]."""
+        found = self.judge(np.asarray(images))
+        return torch.as_tensor(found.concept), torch.as_tensor(found.style)
 
     @classmethod
     def load(cls, which: Split, model: Path, cache: Path = DEFAULT_CACHE) -> "Judge":
@@ -136,12 +84,8 @@ class Judge:
         if not path.exists():
             command = f"python -m benchmarks.reference_model.judge --which {which} --model {model}"
             raise FileNotFoundError(f"no {which} judge at {path}; train it with `{command}`")
-        with safe_open(path, "pt") as file:
-            meta = json.loads(file.metadata()["judge"])
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        network = Network(meta["recipe"]["width"], len(meta["labels"]), len(meta["styles"]))
-        network.load_state_dict(state)
-        return cls(network.to(memory_format=torch.channels_last), meta["labels"], meta["styles"])
+        found = ReferenceJudge.load(path)
+        return cls(found.network, found.labels, found.styles)
 
 
 @torch.inference_mode()

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.reference_model.judge import to_uint8
 from realera_edit.hub import resolve
+from realera_edit.judges import to_uint8
 
 
 def load_pipeline(model: Path | str) -> Any:
@@ -81,10 +81,25 @@ def generate(
     batch changes them by rounding alone. Each distinct prompt is encoded once.
     """
     distinct = list(dict.fromkeys(prompts))
-    pairs = [(i, j) for i in range(len(distinct)) for j in range(len(seeds))]
+    pictures = draw(pipe, encode(pipe, distinct), seeds, steps, guidance, batch, fast)
+    return pictures[[distinct.index(prompt) for prompt in prompts]]
+
+
+@torch.inference_mode()
+def draw(
+    pipe: Any,
+    states: Tensor,
+    seeds: Sequence[int],
+    steps: int = 18,
+    guidance: float = 4.0,
+    batch: int = 64,
+    fast: bool = False,
+) -> np.ndarray:
+    """As `generate`, of text states [n, length, width] in place of prompts: uint8 [n, seeds, H, W, 3]."""
+    pairs = [(i, j) for i in range(len(states)) for j in range(len(seeds))]
     for part in (pipe.unet, pipe.vae):
         part.eval().to(memory_format=torch.channels_last)
-    states, empty = encode(pipe, [*distinct, ""]).split([len(distinct), 1])
+    empty = encode(pipe, [""])
     noise = torch.stack([initial_noise(pipe, seed) for seed in seeds]).to(states.device)
     drawn = []
     for start in range(0, len(pairs), batch):
@@ -93,8 +108,7 @@ def generate(
         latent = (latent / pipe.vae.config.scaling_factor).contiguous(memory_format=torch.channels_last)
         drawn.append(to_uint8(pipe.vae.decode(latent).sample).cpu())
     pictures = torch.cat(drawn)
-    rows = [distinct.index(prompt) for prompt in prompts]
-    return pictures.view(len(distinct), len(seeds), *pictures.shape[1:])[rows].numpy()
+    return pictures.view(len(states), len(seeds), *pictures.shape[1:]).numpy()
 
 
 def fingerprint(pipe: Any) -> str:

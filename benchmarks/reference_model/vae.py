@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.reference_model.judge import to_input
 from benchmarks.reference_model.pictures import DEFAULT_CACHE, load
 from benchmarks.reference_model.training import Loss, Schedule, Trainer, autocast, best_device, command, device_of
+from realera_edit.judges import to_input
 
 SIZE, CHANNELS = 64, 8
 SCHEDULE = Schedule(steps=3200, rate=1.2e-3, warmup=100, decay=0.7, seed=2)
