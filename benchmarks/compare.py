@@ -34,9 +34,9 @@ from benchmarks import common
 from benchmarks.peers import PEERS, Options, given, vocabulary_prior
 from benchmarks.quality import Bench, Quality, Rate, Settings, load_pipeline, measure
 from benchmarks.reference_model.pictures import DEFAULT_CACHE, write_atomically
-from benchmarks.reference_model.rates import bootstrap
 from benchmarks.reference_model.splits import Split, split_of
 from realera_edit import Concept, EditConfig, RealEraError, RealEraWarning, edit_model
+from realera_edit.metrics import bootstrap
 from realera_edit.pipeline import LoadedPipeline
 
 EDITORS = ("ours", *(name + suffix for name in PEERS for suffix in ("", "+")))
@@ -75,7 +75,7 @@ def make_editor(written: str, count: int) -> Editor:
         changes = json.loads(brace + settings) if brace else {}
     except json.JSONDecodeError as error:
         raise ValueError(f"editor {written!r}: after the name comes a JSON object ({error})") from None
-    changed = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
+    changed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
     if name not in EDITORS:
         raise ValueError(f"editor {name!r}: expected one of {', '.join(EDITORS)}")
     try:

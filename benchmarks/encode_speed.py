@@ -13,7 +13,7 @@ from benchmarks.common import largest, median, timed
 from benchmarks.layer_loop import encode_one_by_one
 from benchmarks.shapes import text_encoders
 from realera_edit.config import EditConfig
-from realera_edit.contexts import CONTEXTS, DEFAULT_TARGETS, fill
+from realera_edit.contexts import CONTEXTS, fill
 from realera_edit.embeddings import Encoded, PromptEncoder
 
 KIND = "general"
@@ -25,7 +25,7 @@ WARM_UP = ("warm up", "warm up the encoder once more")
 
 def prompts_of(concepts: int) -> list[str]:
     """Every distinct prompt that an edit of so many concepts encodes: each name, and the target, in all contexts."""
-    names = [*invented_names(concepts), DEFAULT_TARGETS[KIND]]
+    names = [*invented_names(concepts), "object"]
     return list(dict.fromkeys(fill(template, name).prompt for name in names for template in CONTEXTS[KIND]))
 
 

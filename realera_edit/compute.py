@@ -20,6 +20,7 @@ from .pairs import ErasePairs, Group, build_pairs, list_groups
 from .robust import harden
 from .solve import Factor, Solution, drift, residuals, solve
 from .statistics import Keep, Pairs
+from .targets import AVERAGE
 from .vocabulary import Neighbourhood, Prior, load_prior, mine_words, whole_words
 
 
@@ -67,16 +68,19 @@ def compute_edit(
     `metric` Q [d, d]: of the layers, for the attacks of `config.robust` (None: they are of the text space).
     """
     clock = _Clock()
+    if config.strength is None:  # it depends on the whole edit, so each concept's record says what it was
+        common = config.strength_for(sum(len(concept.names) for concept in concepts))
+        concepts = tuple(replace(c, strength=common) if c.strength is None else c for c in concepts)
     fingerprint = encoder.fingerprint()
     words = list(prior_prompts) or whole_words(encoder.pairs[0][0], config.prior_words)
     prior = load_prior(encoder, words, config.padding, fingerprint)
     clock.lap("prior")
     hoods = _mine(encoder, concepts, prior, preserve, config)
     groups = list_groups(concepts, hoods)
-    pairs = build_pairs(encoder, concepts, groups, config)
+    pairs = build_pairs(encoder, concepts, groups, config, preserve)
     anchors = _anchors(encoder, prior, preserve, groups, hoods, config)
     clock.lap("encode")
-    wanted = torch.tensor([1 - _strength(concepts[g.concept], config) for g in groups], dtype=torch.float64)
+    wanted = torch.tensor([1 - strength_of(concepts[g.concept], config) for g in groups], dtype=torch.float64)
     cross = _solve(pairs.cross, anchors.cross, wanted, config, metric)
     pooled = None
     if pairs.pooled is not None and anchors.pooled is not None:
@@ -110,8 +114,9 @@ class _Clock:
         self._last = now
 
 
-def _strength(concept: Concept, config: EditConfig) -> float:
-    return config.strength if concept.strength is None else concept.strength
+def strength_of(concept: Concept, config: EditConfig) -> float:
+    """The strength that a concept of an edit was erased with."""
+    return config.strength_for(1) if concept.strength is None else concept.strength
 
 
 def _mine(
@@ -125,7 +130,7 @@ def _mine(
     if prior is None or not (config.words or config.beyond):
         return tuple(() for _ in concepts)
     names = [name for concept in concepts for name in concept.names]
-    targets = list(dict.fromkeys(concept.target or "" for concept in concepts))
+    targets = [text for text in dict.fromkeys(c.target or "" for c in concepts) if text != AVERAGE]
     encoded = encoder.encode([*names, *preserve, *targets], config.padding)
     ends = torch.stack([e.states[len(e.ids) - 1] for e in encoded]).cpu()
     skip = [{c.target or "", *(n.lower() for n in c.names)} for c in concepts for _ in c.names]

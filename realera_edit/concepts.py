@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import KINDS
-from .contexts import DEFAULT_TARGETS, FALLBACK_TARGET
+from .contexts import AVERAGE, DEFAULT_TARGETS, FALLBACK_TARGET, MANY
 from .errors import ConceptError
 
 
@@ -21,7 +21,8 @@ from .errors import ConceptError
 class Concept:
     """One concept to erase.
 
-    `target` is the text that it becomes; None takes the measured default of its kind (`contexts.DEFAULT_TARGETS`).
+    `target` is the text that it becomes; None takes the measured default of its kind
+    (`contexts.DEFAULT_TARGETS`), and for many names at once the average thing (`contexts.AVERAGE`).
     `aliases` are other names that go with it. `strength` and `kind` of None are those of the configuration.
     """
 
@@ -171,6 +172,12 @@ def resolve_concepts(
                     f"{at}: {name!r} is to be erased and is also in the preserve list; remove one of them"
                 )
         result.append(concept)
+    names = sum(len(concept.names) for concept in result)
+    chosen = {place for place, row in enumerate(rows) if target is None and _concept(row, where).target is None}
+    if names >= MANY:
+        result = [
+            replace(c, target=AVERAGE) if i in chosen and c.target == "object" else c for i, c in enumerate(result)
+        ]
     return tuple(result)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -9,6 +11,9 @@ from .errors import ConfigError
 
 KINDS = ("general", "object", "person", "style")
 PERTURBATIONS = ("none", "isotropic", "covariance")
+
+# Default strength by the number of names; measured at 1, 10 and 50.
+STRENGTHS = ((1, 0.8), (10, 0.7), (50, 0.6), (250, 0.5))
 
 
 def _option(default: Any, help: str, low: float | None = None, high: float | None = None, choices: Any = None) -> Any:
@@ -23,8 +28,12 @@ class EditConfig:
     published value of RealEra. Raises `ConfigError` for a value outside its range.
     """
 
-    strength: float = _option(
-        0.8, "Share of each concept to remove, 0 to 1 (wanted residual = 1 - strength).", 0.0, 0.9999
+    strength: float | None = _option(
+        None,
+        "Share of each concept to remove, 0 to 1 (wanted residual = 1 - strength).  [default: 0.8 for one name, "
+        "0.7 for ten, 0.6 for fifty]",
+        0.0,
+        0.9999,
     )
     kind: str = _option("general", "Contexts and default target to use.", choices=KINDS)
     contexts: tuple[str, ...] = _option((), "Own prompt templates, each with one {} for the concept.")
@@ -59,13 +68,27 @@ class EditConfig:
             value, meta = getattr(self, spec.name), spec.metadata
             if meta["choices"] is not None and value not in meta["choices"]:
                 raise ConfigError(f"{spec.name} = {value!r}: expected one of {', '.join(meta['choices'])}")
-            if meta["low"] is not None and not meta["low"] <= value <= meta["high"]:
+            if meta["low"] is not None and value is not None and not meta["low"] <= value <= meta["high"]:
                 raise ConfigError(f"{spec.name} = {value!r}: expected {meta['low']:g} to {meta['high']:g}")
         if self.cos_min > self.cos_max:
             raise ConfigError(f"cos_min = {self.cos_min} is above cos_max = {self.cos_max}: swap them")
         for template in self.contexts:
             if template.count("{}") != 1:
                 raise ConfigError(f"context {template!r}: write {{}} once, where the concept goes")
+
+    def strength_for(self, names: int) -> float:
+        """`strength`, or its default for so many names in one edit, by log-linear interpolation in `STRENGTHS`.
+
+        The more is erased at once, the more each erased direction costs the rest, and the less of each is enough
+        (docs/defaults.md).
+        """
+        if self.strength is not None:
+            return self.strength
+        at = math.log(max(names, 1))
+        for (low, first), (high, last) in itertools.pairwise(STRENGTHS):
+            if names <= high:
+                return first + (last - first) * (at - math.log(low)) / math.log(high / low)
+        return STRENGTHS[-1][1]
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON types."""

@@ -47,6 +47,8 @@ CONTEXTS: dict[str, tuple[str, ...]] = {
 
 # What a concept becomes when the user names no target; chosen by measurement, see docs/defaults.md.
 DEFAULT_TARGETS = {"general": "object", "object": "object", "person": "a person", "style": "art"}
+AVERAGE = "<average>"  # the mean of many things, see `targets`
+MANY = 25  # from so many names on, "object" gives way to it
 FALLBACK_TARGET = "thing"
 
 _ARTICLES = ("a ", "an ", "the ")

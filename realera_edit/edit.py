@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .apply import apply_factor
 from .checkpoint import Checkpoint, open_checkpoint
-from .compute import Edit, compute_edit
+from .compute import Edit, compute_edit, strength_of
 from .concepts import Concept, resolve_concepts
 from .config import EditConfig
 from .errors import CheckpointError, ConceptError, RealEraWarning
@@ -263,8 +263,7 @@ def _warn(result: EditResult) -> None:
     edit = result.edit
     weak = []
     for group, left in zip(edit.groups, edit.residual.tolist(), strict=True):
-        strength = edit.concepts[group.concept].strength
-        wanted = 1 - (result.config.strength if strength is None else strength)
+        wanted = 1 - strength_of(edit.concepts[group.concept], result.config)
         if group.role != "word" and left > wanted + RESIDUAL_SLACK:
             weak.append(f"{group.name} ({left:.2f} left, {wanted:.2f} wanted)")
     if weak:

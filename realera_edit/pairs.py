@@ -15,6 +15,7 @@ from .embeddings import Encoded, PromptEncoder
 from .errors import ConceptError
 from .neighbours import covariance_rows
 from .statistics import Pairs
+from .targets import AVERAGE, average_targets, average_words
 from .vocabulary import Neighbourhood
 
 # A vocabulary word is erased in fewer contexts than a name: there are many of them, and encoding is the cost.
@@ -63,7 +64,11 @@ def list_groups(concepts: Sequence[Concept], neighbourhoods: Sequence[Sequence[N
 
 
 def build_pairs(
-    encoder: PromptEncoder, concepts: Sequence[Concept], groups: Sequence[Group], config: EditConfig
+    encoder: PromptEncoder,
+    concepts: Sequence[Concept],
+    groups: Sequence[Group],
+    config: EditConfig,
+    preserve: Sequence[str] = (),
 ) -> ErasePairs:
     """Encode every group in its contexts beside its target, and pair the states position by position.
 
@@ -71,15 +76,23 @@ def build_pairs(
     """
     filled: list[tuple[Filled, Filled]] = []
     owner: list[int] = []
+    averaged: dict[int, str] = {}  # place among the filled -> its template
+    words = average_words(encoder, {group.name.lower() for group in groups}, preserve)
     for number, group in enumerate(groups):
         concept = concepts[group.concept]
         templates = concept_contexts(concept, config)
         for template in templates[:WORD_CONTEXTS] if group.role == "word" else templates:
-            filled.append((fill(template, group.name), fill(template, concept.target or "")))
+            if concept.target == AVERAGE:
+                averaged[2 * len(filled) + 1] = template
+            target = words[0] if concept.target == AVERAGE else concept.target or ""
+            filled.append((fill(template, group.name), fill(template, target)))
             owner.append(number)
     flat = [f for pair in filled for f in pair]
     spans = encoder.spans(flat)
     encoded = encoder.encode([f.prompt for f in flat], config.padding, label="concepts")
+    averages = average_targets(encoder, averaged.values(), words, config.padding)
+    for where, template in averaged.items():
+        encoded[where] = averages[template]
     x, y, group_of = [], [], []
     places: list[str] = []
     for number, here, there, a, b in zip(owner, spans[::2], spans[1::2], encoded[::2], encoded[1::2], strict=True):

@@ -1,0 +1,72 @@
+"""The defaults that depend on how much is erased at once: the average thing as the target, and the strength."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import QUICK
+from tiny_models import words
+
+from realera_edit import Concept, EditConfig, edit_model
+from realera_edit.checkpoint import open_checkpoint
+from realera_edit.concepts import resolve_concepts
+from realera_edit.contexts import AVERAGE, MANY
+from realera_edit.targets import FEWEST, INSTEAD, THINGS, average_targets, average_words
+
+NAMES = [f"name {number}" for number in range(MANY)]
+
+
+def test_many_names_become_the_average_thing_and_few_an_object() -> None:
+    assert {c.target for c in resolve_concepts(NAMES[1:])} == {"object"}
+    assert {c.target for c in resolve_concepts(NAMES)} == {AVERAGE}
+    aliases = resolve_concepts([Concept(NAMES[0], aliases=tuple(NAMES[1:])), Concept("shape", target="a circle")])
+    assert [c.target for c in aliases] == [AVERAGE, "a circle"]  # every name counts; a target that was named stays
+    assert {c.target for c in resolve_concepts(NAMES, target="object")} == {"object"}
+    assert {c.target for c in resolve_concepts(NAMES, kind="style")} == {"art"}
+
+
+def test_the_average_is_the_mean_of_its_words(sd1: Path) -> None:
+    encoder = open_checkpoint(sd1).encoder
+    chosen = [word for word in words() if len(encoder.tokenize([word])[0]) == 3][:4]
+    (found,) = average_targets(encoder, ["a picture of {}", "a picture of {}"], chosen, 2).values()
+    each = [one.states for one in encoder.encode([f"a picture of {word}" for word in chosen], 2)]
+    assert torch.allclose(found.states, torch.stack(each).mean(0))
+    assert not any(torch.allclose(found.states, one, atol=1e-3) for one in each)
+
+
+def test_what_is_erased_is_not_in_the_average(sd1: Path) -> None:
+    """The preserved names if there are enough of one token, else everyday things, else one word."""
+    encoder = open_checkpoint(sd1).encoder
+    single = [word for word in words() if len(encoder.tokenize([word])[0]) == 3]
+    assert len(single) > FEWEST + 1
+    assert average_words(encoder, {single[0]}, ["two words", *single[: FEWEST + 1]]) == single[1 : FEWEST + 1]
+    few = average_words(encoder, set(), single[: FEWEST - 1])
+    assert few == [INSTEAD] or set(few) <= set(THINGS.split())
+    assert average_words(encoder, set(THINGS.split()), []) == [INSTEAD]
+
+
+def test_an_average_target_is_solved_for(sd1: Path) -> None:
+    """What is left, measured from the average itself, is what was asked for; and it is not the edit to "object"."""
+    single = [word for word in words() if word not in ("cat", "object")][:40]
+    config = replace(QUICK, strength=0.8)
+    average = edit_model(sd1, ["cat"], target=AVERAGE, preserve=single, config=config)
+    assert average.edit.residual[0] == pytest.approx(0.2, abs=0.05)
+    other = edit_model(sd1, ["cat"], target="object", preserve=single, config=config)
+    assert (average.edit.cross.factor.delta() - other.edit.cross.factor.delta()).norm() > 0.1
+    assert average.to_dict()["concepts"][0]["target"] == AVERAGE
+
+
+def test_the_default_strength_falls_with_the_number_of_names(sd1: Path) -> None:
+    config = EditConfig()
+    assert [round(config.strength_for(count), 3) for count in (1, 3, 10, 50, 100, 10_000)] == [
+        *(0.8, 0.752, 0.7),
+        *(0.6, 0.557, 0.5),
+    ]
+    assert EditConfig(strength=0.3).strength_for(50) == 0.3
+    quick = replace(QUICK, strength=None)
+    both = edit_model(sd1, ["cat", Concept("dog", strength=0.4)], config=quick).edit
+    assert [c.strength for c in both.concepts] == [quick.strength_for(2), 0.4]
+    assert both.residual.tolist() == pytest.approx([1 - quick.strength_for(2), 0.6], abs=0.1)
