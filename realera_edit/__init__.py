@@ -26,7 +26,11 @@ _HOMES = {
     "apply_edit": "transfer",
     "attack_model": "attack_run",
     "AppliedEdit": "transfer",
+    "evaluate": "evaluation",
+    "Evaluation": "evaluation",
+    "EvaluationConfig": "evaluation_config",
     "export_lora": "lora",
+    "invert": "inversion",
     "wrap_text_encoder": "wrap",
     "inspect_path": "provenance",
     "undo_file": "single_output",
@@ -42,6 +46,8 @@ __all__ = [
     "EditConfig",
     "EditFile",
     "EditResult",
+    "Evaluation",
+    "EvaluationConfig",
     "RealEraError",
     "RealEraWarning",
     "__version__",
@@ -50,8 +56,10 @@ __all__ = [
     "compose",
     "diff",
     "edit_model",
+    "evaluate",
     "export_lora",
     "inspect_path",
+    "invert",
     "load_concepts",
     "reference_model",
     "undo_file",
@@ -67,6 +75,9 @@ if TYPE_CHECKING:
     from .editdiff import diff
     from .editfile import EditFile, compose
     from .errors import RealEraError, RealEraWarning
+    from .evaluation import Evaluation, evaluate
+    from .evaluation_config import EvaluationConfig
+    from .inversion import invert
     from .lora import export_lora
     from .provenance import inspect_path, undo_folder
     from .reference import reference_model
