@@ -5,7 +5,7 @@ MODEL ?= ../shared/models/emoji-sd
 OUT ?= out
 BIN := .venv/bin
 
-.PHONY: demo test lint slow clean
+.PHONY: demo test lint slow bench-quality clean
 
 .venv/.installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -31,6 +31,16 @@ test: lint
 
 slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow
+
+# Rows that are in the results file are not drawn again; remove it to measure anew (about an hour).
+QUALITY = $(BIN)/python -m benchmarks.compare --model ../shared/models/emoji-sd --fast --steps 12 --split report \
+	--judge report --results benchmarks/results/report.jsonl
+bench-quality: .venv/.installed
+	$(BIN)/pip install --quiet --editable ".[dev,bench]"
+	$(QUALITY) --seeds 2 --concepts 10 --draws 2 --editors ours uce mace speed rece
+	$(QUALITY) --seeds 1 --concepts 50 --draws 1 --editors ours uce mace speed
+	$(QUALITY) --seeds 2 --concepts 1 --draws 4 --editors ours uce mace speed
+	$(QUALITY) --table --summary benchmarks/results/quality.json --curves docs/h4.svg
 
 clean:
 	rm -rf .venv out build *.egg-info

@@ -35,7 +35,7 @@ from benchmarks.peers import PEERS, Options, given, vocabulary_prior
 from benchmarks.quality import Bench, Quality, Rate, Settings, load_pipeline, measure
 from benchmarks.reference_model.pictures import DEFAULT_CACHE, write_atomically
 from benchmarks.reference_model.splits import Split, split_of
-from realera_edit import Concept, EditConfig, RealEraError, RealEraWarning, edit_model
+from realera_edit import Concept, EditConfig, RealEraError, RealEraWarning, edit_model, svg
 from realera_edit.metrics import bootstrap
 from realera_edit.pipeline import LoadedPipeline
 
@@ -262,6 +262,20 @@ def by_metric(lines: Sequence[Row]) -> dict[str, Any]:
     return found
 
 
+def curves(lines: Sequence[Row], metric: str = "h_4") -> str:
+    """An SVG of a metric over the number of concepts, a curve for each editor."""
+    series: dict[str, list[svg.Point]] = {}
+    for line in lines:
+        part = line[metric]
+        if part["mean"] is not None:
+            series.setdefault(line["editor"], []).append((line["concepts"], part["mean"], *part["ci"]))
+    style = (Path(svg.__file__).parent / "templates" / "report.css").read_text("utf-8")
+    drawn = svg.lines(list(series.items()), "erased concepts", "H_4", "H_4 over the number of erased concepts")
+    return drawn.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(
+        ">", f"><style>{style} svg {{ background: var(--page) }}</style>", 1
+    )
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -282,6 +296,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the sets")
     add("--threads", type=int, default=2)
     add("--json", action="store_true", help="one JSON object in place of the table")
+    add("--table", action="store_true", help="only print and write what the results file holds")
+    add("--curves", type=Path, help="also draw H_4 over the number of concepts there, as SVG")
     add("--summary", type=Path, help="also write the figures there, by metric, editor and number of concepts")
     return parser.parse_args(arguments)
 
@@ -289,6 +305,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None, bench: Bench | None = None) -> None:
     """Compare and print. `bench` may be one that is loaded already."""
     options = parse(arguments)
+    if options.table:
+        show(list(read_rows(options.results).values()), options, {"results": str(options.results)})
+        return
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore", RealEraWarning)
     if bench is None:
@@ -309,11 +328,19 @@ def main(arguments: Sequence[str] | None = None, bench: Bench | None = None) -> 
         rows.append(row)
         shown = f"{row['concepts']} concepts, draw {row['draw']}, {row['editor']}"
         print(f"{shown}: {row.get('error', 'done')}", file=sys.stderr, flush=True)
+    show(rows, options, record)
+
+
+def show(rows: Sequence[Row], options: argparse.Namespace, record: Row) -> None:
+    """Print the pooled rows, and write what was asked for."""
     lines = summary(rows)
     if options.summary:
-        drawing = {k: getattr(options, k) for k in ("split", "judge", "steps", "seeds", "fast", "draws", "target")}
-        content = json.dumps({**by_metric(lines), **record, **drawing}, indent=1, allow_nan=False)
+        made = {k: rows[0][k] for k in ("split", "judge", "versions", "machine", "threads", "seed")}
+        made["commands"] = list(dict.fromkeys(row["command"] for row in rows))
+        content = json.dumps({**by_metric(lines), **record, **made}, indent=1, allow_nan=False)
         write_atomically(options.summary, content.encode() + b"\n")
+    if options.curves:
+        write_atomically(options.curves, curves(lines).encode() + b"\n")
     print(json.dumps({**record, "rows": lines}) if options.json else table(lines))
 
 

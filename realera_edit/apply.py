@@ -27,7 +27,7 @@ def apply_factor(factor: Factor, weights: Sequence[Tensor], columns: int | None 
             right = None if factor.right is None else factor.right.to(weight.device, dtype).contiguous()
             cast[key] = (factor.left.to(weight.device, dtype).contiguous(), right)
         left, right = cast[key]
-        text = weight[:, :width].to(dtype)
+        text = weight[:, :width].to(dtype).contiguous()
         new = torch.addmm(text, text, left) if right is None else torch.addmm(text, text @ left, right)
         whole = new.to(weight.dtype)
         result.append(torch.cat([whole, weight[:, width:]], dim=1) if width < weight.shape[1] else whole)

@@ -17,6 +17,7 @@ from .prefixes import batches, encode_rows
 # Distinct prefixes in one batch: what fits a CPU's caches, and what fills a GPU.
 CPU_PREFIXES = 1024
 GPU_PREFIXES = 8192
+CACHE_LINE = 64
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,14 @@ class PromptEncoder:
     penultimate: bool = False
     progress: bool = False
     _known: dict[tuple[str, int], Encoded] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        # where a mapped file puts a weight depends on the file's header, and products of weights that do not start
+        # at a cache line round otherwise on some processors; the values stay
+        for _, model in self.pairs:
+            for weight in getattr(model, "parameters", tuple)():
+                if weight.device.type == "cpu" and weight.data_ptr() % CACHE_LINE:
+                    weight.data = weight.data.clone()
 
     @property
     def max_length(self) -> int:

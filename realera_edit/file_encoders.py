@@ -190,7 +190,7 @@ def _build(file: TensorFile, stored: StoredEncoder, config: Any, dtype: torch.dt
             raise CheckpointError(f"{file.path}: the text encoder's {key} is missing; take a sound copy")
         whole = tensor = read(key)
         if name == "text_projection.weight" and stored.openclip:
-            tensor = tensor.T
+            tensor = tensor.T.contiguous()  # in the folder's layout, for the same bits
         if third is not None and len(tensor) % 3 == 0:
             tensor = tensor.chunk(3)[third]
         if tensor.shape != weight.shape:

@@ -65,7 +65,7 @@ def test_within_a_budget_nothing_beats_it(ridge: float) -> None:
                 assert bool((objective(other, ridge) >= best * (1 - 1e-9)).all())
     # control: an attack that may go further does beat it
     (free,) = embedding_attack(LAYERS, C, (None,), ridge)
-    assert bool((objective(free, ridge) <= best).all())
+    assert bool((objective(free, ridge) <= best * (1 + 1e-9)).all())
 
 
 def test_the_inverse_reads_like_the_concept_and_its_budget_binds() -> None:
