@@ -1,7 +1,7 @@
 PYTHON ?= python3
 # The CPU build comes first: a bare torch would bring gigabytes of GPU libraries. `make TORCH=torch` for those.
 TORCH ?= torch==2.13.0
-MODEL ?= ../shared/models/emoji-sd
+MODEL ?= emoji
 OUT ?= out
 BIN := .venv/bin
 

@@ -39,16 +39,21 @@ def assemble(out: Path, cache: Path = DEFAULT_CACHE, until: int | None = None) -
         requires_safety_checker=False,
     )
     pipe.to(torch.float16).save_pretrained(out, safe_serialization=True)
-    for config in out.glob("*/config.json"):  # the place where it was trained is nobody's business
-        content = json.loads(config.read_text("utf-8"))
-        content.pop("_name_or_path", None)
-        config.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    forget_origin(out)
     for name in ("vocab.json", "merges.txt", "special_tokens_map.json"):  # for transformers before 5 as well
         shutil.copyfile(cache / "training" / "tokenizer" / name, out / "tokenizer" / name)
     rows = [dataclasses.asdict(concept) for concept in concepts]
     (out / "concepts.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", "utf-8")
     shutil.copyfile(CARD, out / "README.md")
     shutil.copyfile(NOTICE, out / "NOTICE")
+
+
+def forget_origin(out: Path) -> None:
+    """Take the place where a model was trained, which is nobody's business, out of its configurations."""
+    for config in out.glob("*/config.json"):
+        content = json.loads(config.read_text("utf-8"))
+        content.pop("_name_or_path", None)
+        config.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.reference_model import denoiser, text_encoder
+from benchmarks.reference_model.build import forget_origin
 from benchmarks.reference_model.denoiser import Mix
 from benchmarks.reference_model.pictures import DEFAULT_CACHE, read_concepts
 from benchmarks.reference_model.splits import find_wordnet
@@ -92,6 +93,7 @@ def main() -> None:
     unet = train(start, options.cache, until=options.until)
     shutil.copytree(start, options.out)
     unet.half().save_pretrained(options.out / "unet", safe_serialization=True)
+    forget_origin(options.out)
 
 
 if __name__ == "__main__":
