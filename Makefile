@@ -14,12 +14,12 @@ BIN := .venv/bin
 	touch $@
 
 demo: .venv/.installed
-	$(BIN)/realera-edit erase $(MODEL) "cat face" --output $(OUT)/no-cat --force
-	$(BIN)/python -m benchmarks.grid --model $(MODEL) --erase "cat face" \
-		--rows "cat face: erased" "kitty: an alias" "dog face: near" "pizza: unrelated" "guitar: unrelated" \
+	$(BIN)/realera-edit erase $(MODEL) "cat face" --preserve "dog face" --output $(OUT)/no-cat --force
+	$(BIN)/python -m benchmarks.grid --model $(MODEL) --erase "cat face" --preserve "dog face" \
+		--rows "cat face: erased" "kitty: an alias" "dog face: preserved" "pizza: unrelated" "guitar: unrelated" \
 		--out $(OUT)/demo.png
 	@echo "Look at $(OUT)/demo.png: each row is a prompt, left the original model, right the edited one, same seeds."
-	@echo "The cat rows change, the others stay the same pictures. The edited model is $(OUT)/no-cat."
+	@echo "The cat rows change, the dog stays a dog, pizza and guitar stay nearly the same pictures. The edited model is $(OUT)/no-cat."
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
