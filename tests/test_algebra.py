@@ -108,7 +108,7 @@ def test_what_cannot_be_inverted_is_an_error() -> None:
         lost = Factor(u * (left - 1), u.T.clone())
         for factor in (lost, Factor(lost.delta(), None)):
             with pytest.raises(
-                SolveError, match=r"too ill-conditioned to invert \(condition number (1\.0e\+06|inf|\d\.\de\+1\d)"
+                SolveError, match=r"too ill-conditioned to invert \(condition number (1\.0e\+06|inf|\d\.\de\+[1-9]\d)"
             ):
                 algebra.invert(factor)
     mild = Factor(u * (1e-3 - 1), u.T.clone())
