@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import re
+import secrets
 import shutil
 import sys
 import tempfile
@@ -41,7 +42,6 @@ def staged(out: Path, *, force: bool, needed: int, source: Path | None = None) -
     """
     parent = out.absolute().parent
     prefix = f".{out.name}.realera-"
-    temporary = None
     try:
         _check_place(out, parent, force, source)
         parent.mkdir(parents=True, exist_ok=True)
@@ -56,9 +56,6 @@ def staged(out: Path, *, force: bool, needed: int, source: Path | None = None) -
             _remove_stale(parent, prefix, out)
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be written: {_explain(error)}") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -72,7 +69,6 @@ def staged_file(
     """
     parent = out.absolute().parent
     prefix = f".{out.name}.realera-"
-    temporary = None
     try:
         if out.is_symlink() or (out.exists() and not out.is_file()):
             raise CheckpointError(f"{out}: exists and is not a file; choose another output")
@@ -88,9 +84,6 @@ def staged_file(
         _sync_folder(parent)
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be written: {_explain(error)}") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check_place(out: Path, parent: Path, force: bool, source: Path | None) -> None:
@@ -180,17 +173,28 @@ def _umask() -> int:
 
 @contextlib.contextmanager
 def _own_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """A new temporary folder, locked for as long as the block runs, so that no other run takes it for a stale one."""
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-    if sys.platform == "win32":
-        yield folder
-        return
-    while (handle := _lock(folder)) is None:  # a run that started just now found it before it was locked
-        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    """A new temporary folder, gone after the block; locked meanwhile, so that no other run takes it for a stale one."""
+    folder: Path | None = None
+    handle = None
     try:
+        while handle is None:
+            # named before it is made: a signal that comes between the two must not leave it behind
+            folder = parent / f"{prefix}{secrets.token_hex(4)}"
+            try:
+                folder.mkdir(0o700)
+            except FileExistsError:  # another run's, by chance
+                folder = None
+                continue
+            if sys.platform == "win32":
+                break
+            handle = _lock(folder)  # None: a run that started just now found it before it was locked
+        assert folder is not None
         yield folder
     finally:
-        os.close(handle)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
 
 
 def _lock(folder: Path) -> int | None:
@@ -212,7 +216,7 @@ def _lock(folder: Path) -> int | None:
 def _remove_stale(parent: Path, prefix: str, out: Path) -> None:
     if sys.platform == "win32":
         return
-    # one random name by `mkdtemp`, or two for a folder that stepped aside: never another OUT's, whatever its name
+    # one random name, or two for a folder that stepped aside: never another OUT's, whatever its name
     ours = re.compile(re.escape(prefix) + "([a-z0-9_]{8}){1,2}")
     for folder in parent.iterdir():
         if not ours.fullmatch(folder.name):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from helpers import QUICK, UNET, tree
 
-from realera_edit import edit_model
+from realera_edit import edit_model, writer
 from realera_edit.errors import CheckpointError
 from realera_edit.provenance import RECORD, UNDO
 from realera_edit.writer import staged
@@ -206,3 +206,22 @@ def test_links_save_space_and_never_share_a_small_file(sd1: Path, tmp_path: Path
     shared = {name for name in tree(sd1) if (sd1 / name).samefile(tmp_path / "link" / name)}
     assert shared == {name for name in tree(sd1) if name.endswith(".safetensors")} - {UNET}
     assert not any((sd1 / name).samefile(tmp_path / "copy" / name) for name in tree(sd1))
+
+
+@pytest.mark.parametrize("moment", ["mkdir", "_lock"])
+def test_a_signal_while_the_folder_is_made_leaves_nothing(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command line's SIGTERM is a `SystemExit` wherever it comes; here, just after the folder has appeared."""
+    own = os.mkdir
+
+    def then_stop(path: Any, *rest: Any, **options: Any) -> None:
+        if moment == "mkdir":
+            own(path, *rest, **options)
+        raise SystemExit(143)
+
+    monkeypatch.setattr(*((os, "mkdir", then_stop) if moment == "mkdir" else (writer, "_lock", then_stop)))
+    for staging in (writer.staged, writer.staged_file):
+        with pytest.raises(SystemExit), staging(tmp_path / "out", force=False, needed=0):
+            raise AssertionError("the block ran")
+        assert not list(tmp_path.iterdir())
