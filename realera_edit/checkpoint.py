@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .embeddings import PromptEncoder
+from .embeddings import CACHE_LINE, PromptEncoder
 from .errors import CheckpointError, RealEraWarning
 from .projections import Projection, text_projections
 from .tensorfile import TensorFile, open_tensors
@@ -274,9 +274,13 @@ def _text_model(folder: Path, kind: str, variant: str | None, device: str, dtype
 def place_model(model: Any, device: str) -> Any:
     """A model that is only run, on `device`; `CheckpointError` where there is no such device."""
     try:
-        return model.eval().requires_grad_(False).to(device)
+        placed = model.eval().requires_grad_(False).to(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has no error of its own for this
         raise CheckpointError(f"device {device!r} cannot be used: {_first_line(error)}; leave --device out") from error
+    for weight in placed.parameters():
+        if weight.device.type == "cpu" and weight.data_ptr() % CACHE_LINE:
+            weight.data = weight.data.clone()  # once, in place of the copy that `PromptEncoder` would keep
+    return placed
 
 
 def _first_line(error: Exception) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,14 +47,7 @@ class PromptEncoder:
     penultimate: bool = False
     progress: bool = False
     _known: dict[tuple[str, int], Encoded] = field(default_factory=dict, repr=False)
-
-    def __post_init__(self) -> None:
-        # where a mapped file puts a weight depends on the file's header, and products of weights that do not start
-        # at a cache line round otherwise on some processors; the values stay
-        for _, model in self.pairs:
-            for weight in getattr(model, "parameters", tuple)():
-                if weight.device.type == "cpu" and weight.data_ptr() % CACHE_LINE:
-                    weight.data = weight.data.clone()
+    _copies: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def max_length(self) -> int:
@@ -95,7 +89,8 @@ class PromptEncoder:
         lengths = [min(len(ids) + padding, self.max_length) for ids in rows]
         limit = CPU_PREFIXES if self.pairs[0][1].device.type == "cpu" else GPU_PREFIXES
         padded = [ids + (-1,) * (length - len(ids)) for ids, length in zip(rows, lengths, strict=True)]
-        with tqdm(total=len(rows), desc=label, unit="prompt", delay=1, leave=False, disable=not self.progress) as bar:
+        bar = tqdm(total=len(rows), desc=label, unit="prompt", delay=1, leave=False, disable=not self.progress)
+        with bar, self._aligned():
             for batch in batches(padded, limit):
                 states, pooled = self._forward([rows[i] for i in batch], [lengths[i] for i in batch])
                 for place, i in enumerate(batch):
@@ -103,6 +98,25 @@ class PromptEncoder:
                     self._known[wanted[i], padding] = Encoded(rows[i], states[place], top)
                 bar.update(len(batch))
         return [self._known[prompt, padding] for prompt in prompts]
+
+    @contextlib.contextmanager
+    def _aligned(self) -> Iterator[None]:
+        """Meanwhile every weight on the CPU starts at a cache line; then each is where it was.
+
+        Where a mapped file puts a weight depends on the file's header, and products of weights that start elsewhere
+        round otherwise on some processors: one encoder would give other bits from another file.
+        """
+        weights = [w for _, model in self.pairs for w in model.parameters() if w.device.type == "cpu"]
+        moved = [(w, w.data) for w in weights if w.data_ptr() % CACHE_LINE]
+        try:
+            for weight, data in moved:
+                if id(weight) not in self._copies:
+                    self._copies[id(weight)] = data.clone()
+                weight.data = self._copies[id(weight)]
+            yield
+        finally:
+            for weight, data in moved:
+                weight.data = data
 
     @torch.inference_mode()
     def _forward(
