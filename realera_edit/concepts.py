@@ -158,11 +158,14 @@ def resolve_concepts(
         raise ConceptError(f"{where}: no concept given; name at least one")
     kept = {_key(text) for text in preserve}
     seen: dict[str, str] = {}
-    result = []
+    result: list[Concept] = []
+    unnamed = set()  # places of concepts whose target nobody named
     for number, row in enumerate(rows, 1):
         at = f"{where}, row {number}"
         concept = _concept(row, at)
         _check(concept, at)
+        if concept.target is None and target is None:
+            unnamed.add(len(result))
         concept = _with_target(concept, kind, target, at)
         _check(concept, at)
         _check_unique(concept.names, where, f"row {number}", seen)
@@ -172,13 +175,11 @@ def resolve_concepts(
                     f"{at}: {name!r} is to be erased and is also in the preserve list; remove one of them"
                 )
         result.append(concept)
-    names = sum(len(concept.names) for concept in result)
-    chosen = {place for place, row in enumerate(rows) if target is None and _concept(row, where).target is None}
-    if names >= MANY:
-        result = [
-            replace(c, target=AVERAGE) if i in chosen and c.target == "object" else c for i, c in enumerate(result)
-        ]
-    return tuple(result)
+    if sum(len(concept.names) for concept in result) < MANY:
+        return tuple(result)
+    return tuple(
+        replace(c, target=AVERAGE) if i in unnamed and c.target == "object" else c for i, c in enumerate(result)
+    )
 
 
 def _csv_rows(text: str, path: Path) -> list[Any]:
