@@ -92,11 +92,11 @@ def evaluate(original: str, edited: str, out: Path, as_json: bool, quiet: bool, 
     )
     if Team.of_environment().rank:
         return  # the first process writes and speaks
-    from .html_report import write
+    from . import contact_sheet, html_report
 
     found.save(out)
-    page = write(out)
-    print_result(found.to_dict(), f"{found.table()}\nwritten    {page}", as_json, quiet)
+    page, sheet = html_report.write(out), contact_sheet.write(out)
+    print_result(found.to_dict(), f"{found.table()}\nwritten    {page}, {sheet.name}", as_json, quiet)
 
 
 def _command() -> str:

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from .errors import ReportError
+from .files import write_atomically
 
 NAME = "evaluation.json"
 FORMAT = "realera-edit evaluation 1"
@@ -164,3 +165,12 @@ def read_png(path: Path) -> tuple[bytes, int, int]:
     if not (0 < width <= 2**14 and 0 < height <= 2**14):
         raise ReportError(f"{path}: {width} x {height} pixels; draw smaller")
     return data, width, height
+
+
+def replaced(path: Path, content: bytes) -> Path:
+    """`path`, written whole. Raises `ReportError`."""
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        raise ReportError(f"{path}: cannot be written: {error.strerror}; make the folder writable") from error
+    return path

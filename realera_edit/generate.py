@@ -22,6 +22,7 @@ import torch
 
 from .checkpoint import PICKLES, read_json
 from .errors import CheckpointError, ConfigError
+from .files import write_atomically
 from .hub import resolve
 from .tensorfile import to_bytes
 
@@ -94,7 +95,7 @@ class PictureFolder:
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write(folder / INDEX, (json.dumps(wanted, indent=1, ensure_ascii=False) + "\n").encode())
+            write_atomically(folder / INDEX, (json.dumps(wanted, indent=1, ensure_ascii=False) + "\n").encode())
         except OSError as error:
             raise CheckpointError(f"{folder}: cannot be written: {error}") from error
 
@@ -124,7 +125,7 @@ class PictureFolder:
         buffer = io.BytesIO()
         Image.fromarray(picture).save(buffer, "PNG")
         try:
-            _write(self.path(prompt, seed), buffer.getvalue())
+            write_atomically(self.path(prompt, seed), buffer.getvalue())
         except OSError as error:
             raise CheckpointError(f"{self.path(prompt, seed)}: cannot be written: {error}") from error
 
@@ -275,12 +276,3 @@ def fingerprint(pipe: Any) -> str:
     kept = {key: value for key, value in config.items() if not key.startswith("_")}
     digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
     return digest.hexdigest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,19 +1,15 @@
-"""One self-contained page, and one contact sheet, from the folder of an evaluation.
+"""One self-contained page from the folder of an evaluation.
 
-`write` makes `report.html`: everything is inside it, its content security policy allows no request and no
-script but its own, and every text of `evaluation.json` is escaped. `png` draws the same
-pairs as one picture. Imports no torch.
+`write` makes `report.html`: everything is inside it, its content security policy allows no request and no script but
+its own, and every text of `evaluation.json` is escaped. Imports no torch.
 """
 
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import io
 import json
-import os
-import secrets
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -23,9 +19,9 @@ from typing import Any
 
 from . import svg
 from .errors import ReportError
-from .evaluation_file import Pair, Part, pairs, read, read_png
+from .evaluation_file import Pair, Part, pairs, read, read_png, replaced
 
-HTML, PNG = "report.html", "report.png"
+HTML = "report.html"
 BUDGET = 15 * 10**6  # characters of embedded pictures
 MAX_REST = 600  # pairs in the folded grid
 SIDE = 384  # wider pictures are shrunk to this and embedded as JPEG
@@ -146,7 +142,7 @@ def write(folder: Path) -> Path:
         thresholds={"gone": GONE, "kept": KEPT},
         **_numbers(data),
     )
-    return _replace(folder / HTML, page.encode("utf-8", "replace"))  # a lone surrogate has no bytes
+    return replaced(folder / HTML, page.encode("utf-8", "replace"))  # a lone surrogate has no bytes
 
 
 def choose(found: Sequence[Pair], erased: Sequence[str]) -> tuple[list[Pair], list[Pair]]:
@@ -190,7 +186,7 @@ def _data_uri(path: Path) -> tuple[str, int, int]:
     data, width, height = read_png(path)
     kind = "png"
     if max(width, height) > SIDE:
-        image = _opened(path, data).convert("RGB")
+        image = opened(path, data).convert("RGB")
         image.thumbnail((SIDE, SIDE))
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=90)
@@ -198,7 +194,8 @@ def _data_uri(path: Path) -> tuple[str, int, int]:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}", width, height
 
 
-def _opened(path: Path, data: bytes) -> Any:
+def opened(path: Path, data: bytes) -> Any:
+    """A PNG picture by Pillow. Raises `ReportError`."""
     from PIL import Image
 
     try:
@@ -338,72 +335,3 @@ def _charts(data: Part) -> dict[str, str]:
 
 def _markup(markup: Callable[[str], str], draw: Callable[..., str]) -> Callable[..., str]:
     return lambda *args: markup(draw(*args))
-
-
-def png(folder: Path) -> Path:
-    """Write `folder/report.png`: the page's pairs, before left and after right, with prompts; returns its path.
-
-    Needs Pillow. Raises `ReportError`.
-    """
-    try:
-        from PIL import Image, ImageDraw, ImageFont
-    except ImportError as error:
-        raise ReportError("report.png needs Pillow: pip install pillow") from error
-    data = read(folder)
-    featured, _ = choose(pairs(folder, data), data.texts("erased"))
-    featured.sort(key=lambda pair: pair.index)
-    groups = [(head, [pair for pair in featured if pair.kind == kind]) for kind, (head, _) in KINDS.items()]
-    groups = [(head, chosen) for head, chosen in groups if chosen]
-    if not groups:
-        raise ReportError(f"{folder}: the evaluation names no pictures; run it again with pictures kept")
-    side, gap, edge, across = 112, 20, 24, 4
-    cell, step, head_height = 2 * side + 4, side + 46, 40
-    height = 64 + sum(head_height + step * -(-len(chosen) // across) for _, chosen in groups) + edge
-    sheet = Image.new("RGB", (2 * edge + across * cell + (across - 1) * gap, height), "white")
-    pen, fonts = ImageDraw.Draw(sheet), {size: ImageFont.load_default(size) for size in (13, 16, 20)}
-    title = f"Erased: {', '.join(data.texts('erased'))}"
-    pen.text((edge, 20), svg.shorten(title, 70), "black", fonts[20])
-    pen.text((sheet.width - edge, 26), "left: before, right: after", "#57606a", fonts[13], anchor="ra")
-    top = 64
-    for head, chosen in groups:
-        pen.text((edge, top + 8), head, "black", fonts[16])
-        top += head_height
-        for i, pair in enumerate(chosen):
-            x, y = edge + (i % across) * (cell + gap), top + (i // across) * step
-            for at, path in ((x, pair.before), (x + side + 4, pair.after)):
-                sheet.paste(_tile(path, side), (at, y))
-                pen.rectangle((at - 1, y - 1, at + side, y + side), outline="#d5d9df")
-            pen.text((x, y + side + 4), svg.shorten(pair.prompt, 34), "black", fonts[13])
-            verdicts = f"{pair.before_verdict} > {pair.after_verdict}"
-            pen.text((x, y + side + 20), svg.shorten(verdicts, 34), "#57606a", fonts[13])
-        top += step * -(-len(chosen) // across)
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    return _replace(folder / PNG, buffer.getvalue())
-
-
-def _tile(path: Path, side: int) -> Any:
-    from PIL import Image
-
-    image = _opened(path, read_png(path)[0]).convert("RGB")
-    # small pictures are shown with the pixels they have
-    way = Image.Resampling.NEAREST if max(image.size) < side else Image.Resampling.LANCZOS
-    return image.resize((side, side), way)
-
-
-def _replace(path: Path, data: bytes) -> Path:
-    """Write beside `path`, sync, rename: `path` is absent, the old file, or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                temporary.unlink()
-    except OSError as error:
-        raise ReportError(f"{path}: cannot be written: {error.strerror}; make the folder writable") from error
-    return path

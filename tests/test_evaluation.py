@@ -324,8 +324,8 @@ def test_command(place: Path, judge: FunctionJudge, tmp_path: Path, monkeypatch:
     assert said.stdout.startswith("             edited ")
     for name in (*RATES, "H_4", "pixel", "kernel"):
         assert f"\n{name} " in said.stdout
-    assert said.stdout.endswith(f"written    {tmp_path / 'out' / 'report.html'}\n")
-    assert (tmp_path / "out" / "report.html").is_file()
+    assert said.stdout.endswith(f"written    {tmp_path / 'out' / 'report.html'}, report.png\n")
+    assert all((tmp_path / "out" / name).is_file() for name in ("report.html", "report.png"))
     again = run("evaluate", place / "model", place / "edited", "-o", tmp_path / "out", *small, "--json")
     assert json.loads(again.stdout) == json.loads((tmp_path / "out" / "evaluation.json").read_text("utf-8"))
     assert "drawing" not in again.stderr

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from realera_edit import RealEraError, html_report, svg
+from realera_edit import RealEraError, contact_sheet, html_report, svg
 from realera_edit.errors import ReportError
 from realera_edit.evaluation_file import FORMAT
 
@@ -281,7 +281,7 @@ def test_every_text_is_escaped(make: Make) -> None:
     plain = Page(folder / "report.html")
     store(folder, poison(load(folder)))
     html_report.write(folder)
-    html_report.png(folder)
+    contact_sheet.write(folder)
     page = Page(folder / "report.html")
     assert [tag for tag, _ in page.tags if tag in ("script", "img", "b", "title")].count("script") == 1
     assert len(page.all("img")) == len(plain.all("img"))
@@ -348,7 +348,7 @@ def test_a_picture_outside_the_folder_is_never_read(make: Make, name: Any, messa
     data = load(folder)
     data["prompts"][0]["pictures"][0][side] = str(secret) if name == "{absolute}" else name
     store(folder, data)
-    for draw in (html_report.write, html_report.png):
+    for draw in (html_report.write, contact_sheet.write):
         with pytest.raises(ReportError) as caught:
             draw(folder)
         assert message in str(caught.value)
@@ -448,7 +448,7 @@ def test_missing_parts_are_left_out(make: Make) -> None:
     page = Page(html_report.write(folder))
     assert [tag for tag, _ in page.tags if tag == "section"] == ["section"]
     with pytest.raises(ReportError, match="names no pictures"):
-        html_report.png(folder)
+        contact_sheet.write(folder)
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -1, 0, 7, 1e308, pytest.param(10**400, id="huge")])
@@ -474,9 +474,11 @@ def test_odd_numbers_do_no_harm(make: Make, number: float) -> None:
 def test_the_same_bytes_twice_and_no_leftovers(make: Make) -> None:
     folder = make()
     files = {path.name for path in folder.iterdir()}
-    first = [html_report.write(folder).read_bytes(), html_report.png(folder).read_bytes()]
-    code = "import sys, pathlib\nfrom realera_edit.html_report import png, write\nfolder = pathlib.Path(sys.argv[1])"
-    code += "\nwrite(folder), png(folder)\nassert 'torch' not in sys.modules"
+    first = [html_report.write(folder).read_bytes(), contact_sheet.write(folder).read_bytes()]
+    code = (
+        "import sys, pathlib\nfrom realera_edit import contact_sheet, html_report\nfolder = pathlib.Path(sys.argv[1])"
+    )
+    code += "\nhtml_report.write(folder), contact_sheet.write(folder)\nassert 'torch' not in sys.modules"
     environment = {**os.environ, "PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "LC_ALL": "C"}
     subprocess.run([sys.executable, "-c", code, str(folder)], check=True, env=environment)
     assert [(folder / name).read_bytes() for name in ("report.html", "report.png")] == first
@@ -510,7 +512,7 @@ def test_a_link_in_the_report_s_place_is_replaced_not_followed(make: Make) -> No
 
 def test_the_contact_sheet_has_every_pair(make: Make) -> None:
     folder = make()
-    assert html_report.png(folder) == folder / "report.png"
+    assert contact_sheet.write(folder) == folder / "report.png"
     with Image.open(folder / "report.png") as sheet:
         colours = {colour: n for n, colour in sheet.convert("RGB").getcolors(2**20) or []}
     assert colours[255, 0, 0] == colours[0, 0, 255] == 5 * 112 * 112

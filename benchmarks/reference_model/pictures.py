@@ -7,7 +7,6 @@ import argparse
 import dataclasses
 import io
 import json
-import os
 import re
 import subprocess
 import unicodedata
@@ -17,6 +16,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from realera_edit import files
 
 DEFAULT_CACHE = Path("~/.cache/realera_edit/reference_model").expanduser()
 STYLES: Mapping[str, str] = {
@@ -63,11 +64,9 @@ def read_concepts(path: Path) -> tuple[Concept, ...]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside `path`, then rename, so that a reader never sees half a file."""
+    """As the package's, in a folder that may not be there yet."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    files.write_atomically(path, content)
 
 
 def install_packages(cache: Path) -> Path:
