@@ -197,10 +197,15 @@ def measured(
     return {"edit_seconds": seconds, **figures(quality)}
 
 
+def label(row: Row) -> str:
+    """The editor as it was written, and the target where one was named for all."""
+    return str(row["editor"]) if row.get("target") is None else f"{row['editor']} to {row['target']!r}"
+
+
 def pooled(rows: Sequence[Row]) -> Row:
     """The rows of one editor and count of concepts as one: rates with Wilson's, H_4 with a bootstrap interval."""
     good = [row for row in rows if "error" not in row]
-    line: Row = {"concepts": rows[0]["concepts"], "editor": rows[0]["editor"], "draws": len(good)}
+    line: Row = {"concepts": rows[0]["concepts"], "editor": label(rows[0]), "draws": len(good)}
     for side, prefix in (("edited", ""), ("original", "unedited_")):
         for name in RATES:
             parts = [row[side][name] for row in good]
@@ -219,7 +224,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
     """One pooled row for each count of concepts and editor, in the order of their first rows."""
     groups: dict[tuple[int, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["concepts"], row["editor"]), []).append(row)
+        groups.setdefault((row["concepts"], label(row)), []).append(row)
     return [pooled(group) for _, group in sorted(groups.items(), key=lambda item: item[0][0])]
 
 

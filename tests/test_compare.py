@@ -178,3 +178,11 @@ def test_too_few_concepts(bench: Any) -> None:
     nothing = SimpleNamespace(qualified=lambda _: ["a"], drawn_aliases=lambda _: ())
     with pytest.raises(ValueError, match="only 0 development concepts"):
         compare.nested_sets(nothing, "development", [1], 0, 0)
+
+
+def test_rows_with_another_target_are_not_pooled(run: Callable[..., Any]) -> None:
+    """The results file holds both; each keeps a line of its own when the file is printed again."""
+    few = ("--editors", "uce", "--concepts", "1", "--draws", "1")
+    run(*few)
+    run(*few, "--target", "thing")
+    assert [line["editor"] for line in run("--table")["rows"]] == ["uce", "uce to 'thing'"]
