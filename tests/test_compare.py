@@ -14,13 +14,14 @@ import tiny_models
 import torch
 from torch import Tensor
 
-from benchmarks import compare
+from benchmarks import compare, styles
 from benchmarks.quality import Bench, Settings
 from benchmarks.reference_model.pictures import Concept
 from benchmarks.reference_model.sampler import PictureStore, load_pipeline
 from benchmarks.reference_model.splits import Alias, split_of
 
 SMALL = Settings(1, 2.0, (0,), (100,), 0.0, 0.0, ("noto",), aliases=1, split_aliases=False, neighbours=2, far=3)
+STYLES = ("red", "small", "black", "round")
 
 
 class StubJudge:
@@ -186,3 +187,40 @@ def test_rows_with_another_target_are_not_pooled(run: Callable[..., Any]) -> Non
     run(*few)
     run(*few, "--target", "thing")
     assert [line["editor"] for line in run("--table")["rows"]] == ["uce", "uce to 'thing'"]
+
+
+def test_styles_are_counted_where_they_belong(
+    bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left of the style is read on its own prompts, what stays on the others'; a second run draws nothing."""
+    path = tmp_path / "styles.jsonl"
+    monkeypatch.setattr(bench.judge, "styles", STYLES)  # words of the tiny model
+    fixed = ["--model", str(bench.model), "--results", str(path), "--threads", "1", "--things", "2", "--json"]
+    styles.main([*fixed, "--editors", "ours", "uce"], bench)
+    first = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["erased"], row["editor"]) for row in first] == [
+        (style, editor) for style in STYLES for editor in ("ours", "uce")
+    ]
+    for row in first:
+        assert "error" not in row, row["error"]
+        assert row["edited"]["style_left"]["count"] == 4  # two things, two templates
+        assert row["edited"]["other_objects"]["count"] == 12
+        assert [row["edited"][name]["count"] for name in ("retained_styles", "other_styles")] == [8, 4]
+        assert row["settings"].get("kind") == ("style" if row["editor"] == "ours" else None)
+    assert first[0]["original"] == first[1]["original"]
+    monkeypatch.setattr(styles, "generate", lambda *_, **__: pytest.fail("a row was drawn again"))
+    styles.main([*fixed, "--editors", "ours", "uce"], bench)
+    assert json.loads(capsys.readouterr().out)["rows"] == first
+
+
+def test_rates_of_styles() -> None:
+    cases = styles.cases_of(["a", "b", "c"], {"a": ["x"], "b": ["x"], "c": ["x", "y"]})
+    hits = torch.tensor([[c.style == "c"] for c in cases])
+    found = styles.rates(cases, ~hits, hits, "a", ["b"])
+    assert {name: (rate.hits, rate.count) for name, rate in found.items()} == {
+        "style_left": (0, 2),
+        "object_kept": (2, 2),
+        "retained_styles": (0, 2),
+        "other_styles": (4, 4),
+        "other_objects": (2, 6),
+    }
