@@ -80,7 +80,7 @@ class Judge:
 
     @classmethod
     def load(cls, which: Split, model: Path, cache: Path = DEFAULT_CACHE) -> "Judge":
-        """Read the judge that `train` saved for a checkpoint; the model that ships has its reporting judge beside it."""
+        """Read the judge that `train` saved for a checkpoint, or the reporting judge that ships with its model."""
         path = saved_at(which, model, cache)
         if not path.exists() and which == "report" and _weights_key(model) == _weights_key(reference_model()):
             path = SHIPPED
