@@ -173,12 +173,15 @@ def test_rows_are_pooled() -> None:
     assert "| 1 | unedited | - | 0.500 [0.332, 0.668] |" in compare.table(found)
 
 
-def test_too_few_concepts(bench: Any) -> None:
-    with pytest.raises(ValueError, match="were asked for"):
-        compare.nested_sets(bench, "development", [500], 0, 0)
-    nothing = SimpleNamespace(qualified=lambda _: ["a"], drawn_aliases=lambda _: ())
-    with pytest.raises(ValueError, match="only 0 development concepts"):
-        compare.nested_sets(nothing, "development", [1], 0, 0)
+def test_a_set_without_enough_aliases_is_filled_up(bench: Any) -> None:
+    """Those with an alias come first; fewer concepts than were asked for are an error."""
+    few: Any = SimpleNamespace(qualified=lambda _: list("abcd"), drawn_aliases=lambda c: ("x",) * (c in "bd"))
+    found = compare.nested_sets(few, "development", [2, 3], 0, 0)
+    assert {*found[2]} == {"b", "d"}
+    assert found[3][:2] == found[2]
+    assert found[3][2] in "ac"
+    with pytest.raises(ValueError, match="only 4 development concepts"):
+        compare.nested_sets(few, "development", [5], 0, 0)
 
 
 def test_rows_with_another_target_are_not_pooled(run: Callable[..., Any]) -> None:
