@@ -33,6 +33,7 @@ _HOMES = {
     "invert": "inversion",
     "wrap_text_encoder": "wrap",
     "inspect_path": "provenance",
+    "model_card": "card",
     "undo_file": "single_output",
     "undo_folder": "provenance",
     "RealEraError": "errors",
@@ -61,6 +62,7 @@ __all__ = [
     "inspect_path",
     "invert",
     "load_concepts",
+    "model_card",
     "reference_model",
     "undo_file",
     "undo_folder",
@@ -69,6 +71,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .attack_run import attack_model
+    from .card import model_card
     from .concepts import Concept, load_concepts
     from .config import EditConfig
     from .edit import EditResult, edit_model
