@@ -34,6 +34,7 @@ _HOMES = {
     "wrap_text_encoder": "wrap",
     "inspect_path": "provenance",
     "model_card": "card",
+    "push_to_hub": "push",
     "undo_file": "single_output",
     "undo_folder": "provenance",
     "RealEraError": "errors",
@@ -63,6 +64,7 @@ __all__ = [
     "invert",
     "load_concepts",
     "model_card",
+    "push_to_hub",
     "reference_model",
     "undo_file",
     "undo_folder",
@@ -83,6 +85,7 @@ if TYPE_CHECKING:
     from .inversion import invert
     from .lora import export_lora
     from .provenance import inspect_path, undo_folder
+    from .push import push_to_hub
     from .reference import reference_model
     from .single_output import undo_file
     from .transfer import AppliedEdit, apply_edit
