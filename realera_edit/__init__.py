@@ -33,6 +33,8 @@ _HOMES = {
     "invert": "inversion",
     "wrap_text_encoder": "wrap",
     "inspect_path": "provenance",
+    "model_card": "card",
+    "push_to_hub": "push",
     "undo_file": "single_output",
     "undo_folder": "provenance",
     "RealEraError": "errors",
@@ -61,6 +63,8 @@ __all__ = [
     "inspect_path",
     "invert",
     "load_concepts",
+    "model_card",
+    "push_to_hub",
     "reference_model",
     "undo_file",
     "undo_folder",
@@ -69,6 +73,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .attack_run import attack_model
+    from .card import model_card
     from .concepts import Concept, load_concepts
     from .config import EditConfig
     from .edit import EditResult, edit_model
@@ -80,6 +85,7 @@ if TYPE_CHECKING:
     from .inversion import invert
     from .lora import export_lora
     from .provenance import inspect_path, undo_folder
+    from .push import push_to_hub
     from .reference import reference_model
     from .single_output import undo_file
     from .transfer import AppliedEdit, apply_edit

@@ -21,7 +21,7 @@ from .tensorfile import TensorFile, open_tensors
 ENCODER_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 UNDO_FILE = "realera_edit_undo.safetensors"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-_FOREIGN_WEIGHTS = (*PICKLES, ".msgpack", ".onnx", ".onnx_data", ".h5")
+FOREIGN_WEIGHTS = (*PICKLES, ".msgpack", ".onnx", ".onnx_data", ".h5")
 _CONVERT = (
     'python -c "from diffusers import DiffusionPipeline as P; '
     "P.from_pretrained('{path}', use_safetensors=False).save_pretrained('{path}-safetensors')\""
@@ -178,7 +178,7 @@ def _open_denoiser(folder: Path, config: Mapping[str, Any], widths: tuple[int, i
 
 def _unedited_copies(root: Path, denoisers: list[Denoiser]) -> tuple[Path, ...]:
     """Files that hold the same model unedited, in another format: copied along they would keep the concept."""
-    found = [path for path in root.iterdir() if path.suffix in (*_FOREIGN_WEIGHTS, ".safetensors") and path.is_file()]
+    found = [path for path in root.iterdir() if path.suffix in (*FOREIGN_WEIGHTS, ".safetensors") and path.is_file()]
     found = [path for path in found if path.name != UNDO_FILE]  # of an earlier edit, and never copied
     for denoiser in denoisers:
         folder = root / denoiser.name
@@ -186,7 +186,7 @@ def _unedited_copies(root: Path, denoisers: list[Denoiser]) -> tuple[Path, ...]:
         found += [
             path
             for path in folder.iterdir()
-            if path.suffix in (*_FOREIGN_WEIGHTS, ".safetensors") and path not in edited
+            if path.suffix in (*FOREIGN_WEIGHTS, ".safetensors") and path not in edited
         ]
     if found:
         names = ", ".join(str(path.relative_to(root)) for path in found[:4])

@@ -13,9 +13,22 @@ import click
 
 from . import __version__
 from .cli_attack import attack
-from .cli_common import DTYPES, UNDO_NOTE, Command, F, check_output, check_same_kind, output_options, print_result
+from .cli_common import (
+    DTYPES,
+    UNDO_NOTE,
+    Command,
+    F,
+    card_option,
+    check_metadata,
+    check_output,
+    check_same_kind,
+    metadata_option,
+    output_options,
+    print_result,
+)
 from .cli_edits import COMMANDS
 from .cli_evaluate import evaluate
+from .cli_hub import COMMANDS as HUB_COMMANDS
 from .concepts import Concept, load_concepts, load_prompts
 from .config import EditConfig
 
@@ -95,6 +108,8 @@ def cli() -> None:
 )
 @click.option("--link", is_flag=True, help="Hard-link the unedited weights in place of copying them.")
 @click.option("--undo/--no-undo", default=True, show_default=True, help="Keep the original weights for `undo`.")
+@card_option
+@metadata_option
 @output_options
 def erase(model: str, names: tuple[str, ...], out: Path | None, save_edit: Path | None, **options: Any) -> None:
     """Write a copy of MODEL that no longer draws each CONCEPT.
@@ -110,7 +125,8 @@ def erase(model: str, names: tuple[str, ...], out: Path | None, save_edit: Path 
     if out is None and save_edit is None:
         raise click.UsageError("Missing option '--output' / '-o' (or '--save-edit').")
     quiet, force, as_json = (options.pop(name) for name in ("quiet", "force", "as_json"))
-    link, undo, dtype = (options.pop(name) for name in ("link", "undo", "dtype"))
+    saving = {name: options.pop(name) for name in ("link", "undo", "card", "metadata")}
+    dtype = options.pop("dtype")
     concepts = _gather(names, options.pop("concepts_file"), options.pop("aliases"))
     preserve = list(options.pop("preserve"))
     preserve += load_prompts(path) if (path := options.pop("preserve_file")) else []
@@ -120,6 +136,7 @@ def erase(model: str, names: tuple[str, ...], out: Path | None, save_edit: Path 
         if path is not None:
             check_output(path, force)
     check_same_kind(Path(model), out)
+    check_metadata(out, saving["metadata"])
     import torch
 
     from .edit import edit_model
@@ -140,8 +157,8 @@ def erase(model: str, names: tuple[str, ...], out: Path | None, save_edit: Path 
     if save_edit is not None:
         note += f"\nwritten    {result.save_edit(save_edit, force=force)}   (the edit, for `apply`)"
     if out is not None:
-        result.save(out, force=force, link=link, undo=undo)
-        note += f"\nwritten    {out}" + (UNDO_NOTE if undo else "")
+        result.save(out, force=force, **saving)
+        note += f"\nwritten    {out}" + (UNDO_NOTE if saving["undo"] else "")
     print_result(result.to_dict(), result.report() + note, as_json, quiet)
 
 
@@ -205,7 +222,7 @@ def completion(shell: str) -> None:
     click.echo(found(cli, {}, "realera-edit", "_REALERA_EDIT_COMPLETE").source())
 
 
-for _command in (*COMMANDS, attack, evaluate):
+for _command in (*COMMANDS, attack, evaluate, *HUB_COMMANDS):
     cli.add_command(_command)
 
 

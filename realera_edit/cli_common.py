@@ -6,13 +6,13 @@ import json
 import os
 import signal
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from .errors import CheckpointError, RealEraError, RealEraWarning
+from .errors import CheckpointError, ConfigError, RealEraError, RealEraWarning
 
 F = TypeVar("F", bound=Callable[..., Any])
 DTYPES = ("float32", "float16", "bfloat16")
@@ -53,6 +53,34 @@ def output_options(command: F) -> F:
     return command
 
 
+def card_option(command: F) -> F:
+    """The option of every command that writes an edited model."""
+    return click.option(
+        "--card/--no-card",
+        default=True,
+        show_default=True,
+        help="Tell of the edit in the README.md of a folder, above the card that was there.",
+    )(command)
+
+
+def _pairs(_: click.Context, __: click.Parameter, values: Sequence[str]) -> dict[str, str]:
+    pairs = [value.partition("=") for value in values]
+    if bad := [key for key, equals, _ in pairs if not equals]:
+        raise click.BadParameter(f"{bad[0]!r} has no value; write KEY=VALUE")
+    return {key: value for key, _, value in pairs}
+
+
+def metadata_option(command: F) -> F:
+    """The option of every command that writes a single file for other programs."""
+    return click.option(
+        "--metadata",
+        multiple=True,
+        callback=_pairs,
+        metavar="KEY=VALUE",
+        help="Header metadata of a single file, such as modelspec.date=2026-01-31; repeatable.",
+    )(command)
+
+
 def check_output(out: Path, force: bool, inputs: Sequence[Path] = ()) -> None:
     """Fail before the work, not after it."""
     for path in inputs:
@@ -69,6 +97,12 @@ def check_same_kind(model: Path, out: Path | None) -> None:
         return
     kind, wanted = ("file", "ends in .safetensors") if single else ("folder", "does not end in .safetensors")
     raise CheckpointError(f"{out}: MODEL is a {kind}, and so is the output; give it a name that {wanted}")
+
+
+def check_metadata(out: Path | None, metadata: Mapping[str, str]) -> None:
+    """Only a single file has metadata to give: told before the work, not after it."""
+    if metadata and (out is None or out.suffix != ".safetensors"):
+        raise ConfigError("--metadata goes into the header of a single file, and no such output is asked for")
 
 
 def print_result(data: dict[str, Any], text: str, as_json: bool, quiet: bool) -> None:

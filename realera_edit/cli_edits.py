@@ -7,7 +7,18 @@ from typing import Any
 
 import click
 
-from .cli_common import DTYPES, UNDO_NOTE, Command, F, check_output, output_options, print_result
+from .cli_common import (
+    DTYPES,
+    UNDO_NOTE,
+    Command,
+    F,
+    card_option,
+    check_metadata,
+    check_output,
+    metadata_option,
+    output_options,
+    print_result,
+)
 
 FILE = click.Path(path_type=Path)
 
@@ -41,6 +52,8 @@ def _model_options(command: F) -> F:
 @_model_options
 @click.option("--link", is_flag=True, help="Hard-link the unedited weights in place of copying them.")
 @click.option("--undo/--no-undo", default=True, show_default=True, help="Keep the original weights for `undo`.")
+@card_option
+@metadata_option
 @output_options
 def apply(edit: Path, model: str, out: Path, **options: Any) -> None:
     """Write a copy of MODEL with the edit file EDIT applied: what `erase` would write, without encoding or solving.
@@ -51,13 +64,14 @@ def apply(edit: Path, model: str, out: Path, **options: Any) -> None:
     realera-edit apply no-van-gogh.safetensors ./sd15-fine-tune -o ./no-van-gogh
     """
     quiet, force, as_json = (options.pop(name) for name in ("quiet", "force", "as_json"))
-    link, undo = (options.pop(name) for name in ("link", "undo"))
+    saving = {name: options.pop(name) for name in ("link", "undo", "card", "metadata")}
     check_output(out, force)
+    check_metadata(out, saving["metadata"])
     from .transfer import apply_edit
 
     result = apply_edit(edit, model, progress=not quiet and not as_json, **options)
-    result.save(out, force=force, link=link, undo=undo)
-    note = f"\nwritten    {out}" + (UNDO_NOTE if undo else "")
+    result.save(out, force=force, **saving)
+    note = f"\nwritten    {out}" + (UNDO_NOTE if saving["undo"] else "")
     print_result(result.to_dict(), result.report() + note, as_json, quiet)
 
 
@@ -143,6 +157,7 @@ def diff(first: Path, second: Path, as_json: bool) -> None:
 @click.option("--rank", type=int, help="Most that is kept of each layer.  [default: all of a low-rank edit]")
 @click.option("--energy", type=float, help="Share of each layer's squared norm to keep.  [default: 0.99 if dense]")
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Precision to store.")
+@metadata_option
 @_model_options
 @output_options
 def export_lora(edit: Path, model: str, out: Path, dtype: str, **options: Any) -> None:

@@ -18,18 +18,20 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .compute import Edit, compute_edit, strength_of
 from .concepts import Concept, resolve_concepts
 from .config import EditConfig
-from .errors import CheckpointError, ConceptError, RealEraWarning
+from .errors import CheckpointError, ConceptError, ConfigError, RealEraWarning
+from .folder_output import save_folder, save_pipeline
 from .history import previous_records
 from .hub import resolve
 from .layers import metric
+from .modelspec import check_given
 from .pipeline import LoadedPipeline
 from .projections import Projection, selected
-from .provenance import RECORD, UNDO, header_metadata, record, write_record, write_undo
+from .provenance import header_metadata, record
 from .report import render
 from .single_output import save_single
 from .singlefile import SingleFile, open_single
 from .tensorfile import TensorFile, rewrite
-from .writer import check_outside, copy_rest, copy_size, edited_tensors, staged
+from .writer import check_outside, edited_tensors
 
 if TYPE_CHECKING:
     from .geometry import Geometry
@@ -42,7 +44,8 @@ RESIDUAL_SLACK = 0.1
 class EditResult:
     """An edit of one model. For a loaded pipeline it is in force already; for a folder, `save` writes it.
 
-    `tensors`: component -> weight -> SHA-256 before and after, once known.
+    `tensors`: component -> weight -> SHA-256 before and after, once known. `prior`: prompts that were held in place of
+    frequent words.
     """
 
     source: Checkpoint | LoadedPipeline
@@ -51,21 +54,36 @@ class EditResult:
     preserve: tuple[str, ...]
     tensors: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict)
     progress: bool = False
+    prior: tuple[str, ...] = ()
 
-    def save(self, out: str | Path, *, force: bool = False, link: bool = False, undo: bool = True) -> Path:
+    def save(
+        self,
+        out: str | Path,
+        *,
+        force: bool = False,
+        link: bool = False,
+        undo: bool = True,
+        card: bool = True,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Path:
         """Write the edited model to the folder `out` (of a single file: the file), which appears whole or not at all.
 
         `force` replaces an existing output, `link` hard-links unedited weights of a folder, `undo` stores the original
         weights of the edited tensors beside the model, so that `undo_folder` or `undo_file` restores them to the bit:
-        delete `realera_edit_undo.safetensors` before you publish. Raises `CheckpointError`.
+        delete `realera_edit_undo.safetensors` before you publish. `card` writes what was done into the README.md of a
+        folder (`model_card`). `metadata` goes into the header of a single file, beside what it says of itself
+        (`modelspec`). Raises `CheckpointError`, or `ConfigError` for metadata that cannot be written.
         """
-        out = Path(out)
+        out, given = Path(out), metadata or {}
+        check_given(given)
         if isinstance(self.source, SingleFile):
-            save_single(self, self.source, out, force=force, link=link, undo=undo)
+            save_single(self, self.source, out, force=force, link=link, undo=undo, metadata=given)
+        elif given:
+            raise ConfigError(f"{out}: is a folder, whose files have no metadata to give; leave metadata out")
         elif isinstance(self.source, Checkpoint):
-            self._save_folder(self.source, out, force, link, undo)
+            save_folder(self, self.source, out, force=force, link=link, undo=undo, card=card)
         else:
-            self._save_pipeline(self.source, out, force)
+            save_pipeline(self, self.source, out, force=force, card=card)
         return out
 
     def save_edit(self, path: str | Path, *, force: bool = False) -> Path:
@@ -114,8 +132,18 @@ class EditResult:
             return ()
         return previous_records(self.source.root, [f for d in self.source.denoisers for f in d.files])
 
-    def rewrite(self, file: TensorFile, projections: Sequence[Projection], target: Path, group: str) -> None:
-        """Write the edited `file` to `target`; `projections` are all those in it, `group` is its name in `tensors`."""
+    def rewrite(
+        self,
+        file: TensorFile,
+        projections: Sequence[Projection],
+        target: Path,
+        group: str,
+        metadata: Mapping[str, str | None] | None = None,
+    ) -> None:
+        """Write the edited `file` to `target`; `projections` are all those in it, `group` is its name in `tensors`.
+
+        `metadata`: further changes of the header (None: the key goes).
+        """
         chosen = {p.name: p.role for p in selected(projections, self.config.edit, self.config.pooled)}
 
         def product(names: list[str], weights: list[Tensor]) -> list[Tensor]:
@@ -123,7 +151,8 @@ class EditResult:
 
         names = [name for name in file.entries if name in chosen]
         hashes = self.tensors.setdefault(group, {})
-        rewrite(file, target, header_metadata(self), edited_tensors(file, names, product, hashes))
+        told = {**(metadata or {}), **header_metadata(self)}
+        rewrite(file, target, told, edited_tensors(file, names, product, hashes))
 
     def counts(self) -> dict[str, int]:
         """How many projections of each role were found and how many are edited."""
@@ -134,31 +163,6 @@ class EditResult:
             for role in ("k", "v", "pooled")
             for what, group in (("found", found), ("edited", chosen))
         }
-
-    def _save_folder(self, source: Checkpoint, out: Path, force: bool, link: bool, undo: bool) -> None:
-        if out.absolute().resolve() == source.root.resolve():
-            raise CheckpointError(f"{out}: is the input; the edit never overwrites it, choose another output")
-        files = [(denoiser, file) for denoiser in source.denoisers for file in denoiser.files]
-        skip = {file.path for _, file in files} | set(source.dropped) | {source.root / RECORD, source.root / UNDO}
-        needed = copy_size(source.root, out, skip, link) + sum(file.path.stat().st_size for _, file in files)
-        if undo:
-            edited = [file.entries[p.name] for d, file in files for p in d.projections if p.name in file.entries]
-            needed += sum(entry.stop - entry.start for entry in edited)
-        with staged(out, force=force, needed=needed, source=source.root) as folder:
-            copy_rest(source.root, folder, skip, link, self.progress)
-            for denoiser, file in files:
-                relative = str(file.path.relative_to(source.root))
-                (folder / relative).parent.mkdir(parents=True, exist_ok=True)
-                self.rewrite(file, denoiser.projections, folder / relative, relative)
-            check_changed(source.where, self.tensors)
-            if undo:
-                write_undo(folder / UNDO, source.root, {name: list(hashes) for name, hashes in self.tensors.items()})
-            write_record(folder / RECORD, self.to_dict())
-
-    def _save_pipeline(self, source: LoadedPipeline, out: Path, force: bool) -> None:
-        with staged(out, force=force, needed=source.bytes()) as folder:
-            source.pipe.save_pretrained(folder, safe_serialization=True)
-            write_record(folder / RECORD, self.to_dict())
 
 
 def apply_by_role(edit: Edit, roles: Sequence[str], weights: Sequence[Tensor]) -> list[Tensor]:
@@ -249,7 +253,7 @@ def edit_model(
     layers = metric(source, config.edit) if config.robust else None
     edit = compute_edit(source.encoder, wanted, config, preserve, prior, layers)
     source.encoder.release()
-    result = EditResult(source, edit, config, preserve, progress=progress)
+    result = EditResult(source, edit, config, preserve, progress=progress, prior=tuple(prior))
     if has_pooled and edit.pooled is None:
         raise CheckpointError(
             f"{source.where}: its U-Net reads a pooled text state that the text encoder does not give"

@@ -48,8 +48,8 @@ class EditFile:
     def of(cls, result: EditResult) -> EditFile:
         """The edit of a result of `edit_model`."""
         data = result.to_dict()
-        kept = ("realera_edit", "model", "config", "concepts", "preserve", "drift", "text_encoder", "versions")
-        recipe = {name: data[name] for name in kept} | {"spaces": data["spaces"], "history": []}
+        other = ("projections", "tensors", "previous")  # of one model, not of the edit
+        recipe = {name: value for name, value in data.items() if name not in other} | {"history": []}
         edit = result.edit
         encoders = tuple(source.print() for source in loaded_encoders(result.source.encoder))
         return cls(edit.cross.factor, None if edit.pooled is None else edit.pooled.factor, encoders, recipe)
@@ -258,7 +258,8 @@ def _check(edit: EditFile, path: str | Path) -> None:
     rows = edit.recipe["concepts"]
     if not rows or not all(isinstance(row[key], dict) for row in rows for key in ("residual", "near", "words")):
         raise ValueError("its recipe is incomplete")
-    texts = [edit.recipe["text_encoder"], *edit.recipe["preserve"], *(n for c in edit.concepts for n in c.names)]
+    kept = (*edit.recipe["preserve"], *edit.recipe.get("prior", ()))
+    texts = [edit.recipe["text_encoder"], *kept, *(n for c in edit.concepts for n in c.names)]
     if not all(isinstance(text, str) for text in texts) or not isinstance(edit.recipe["drift"], dict):
         raise ValueError("its recipe is malformed")
     _ = edit.recipe["spaces"]["cross"], _unmeasured([edit]), edit.config, edit.report()

@@ -35,5 +35,9 @@ class ReportError(RealEraError):
     """An evaluation folder cannot be read, or no report can be made of it."""
 
 
+class HubError(RealEraError):
+    """The Hugging Face hub was not reached, refused, or was asked for what it cannot do."""
+
+
 class RealEraWarning(UserWarning):
     """The edit was made, but something about it deserves a look."""

@@ -16,6 +16,7 @@ from .tensorfile import TensorFile
 
 RECORD = "realera_edit.json"
 METADATA_KEY = "realera_edit"
+PIPELINE = "the pipeline"  # what a record calls a model that was loaded by the caller
 _SIDES = ("before", "after")
 
 

@@ -4,15 +4,47 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from .checkpoint import PICKLES, read_json
 from .errors import CheckpointError
-from .reference import NAME, reference_model
+from .reference import FOLDER, NAME, reference_model
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
-# No pickles, and no single-file checkpoint beside the folders.
-_PATTERNS = ["model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"]
+# No pickles, and no single-file checkpoint beside the folders. The card and the licence go with whatever is made of it.
+_PATTERNS = [
+    *("model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"),
+    *("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt"),
+]
+_SNAPSHOT = re.compile(r"(?:^|[\\/])models--([^\\/]+)[\\/]snapshots[\\/]([0-9a-f]{40})(?:[\\/]+(.+))?$")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` has the form owner/name."""
+    return _HUB_ID.match(name) is not None
+
+
+def public_name(where: str | Path) -> dict[str, str]:
+    """What a model is called in a record, which may be published: no folder of this machine.
+
+    "model": the hub id of a folder in the hub's cache, `emoji`, or the last part of the path; with "revision" for what
+    is in the hub's cache, and "hub_id" for a single file there.
+    """
+    path, match = Path(where), _SNAPSHOT.search(str(where))
+    if match is None:
+        return {"model": NAME if path == FOLDER else path.name or path.resolve().name}
+    name, revision = match[1].replace("--", "/", 1), match[2]
+    if match[3] is None:
+        return {"model": name, "revision": revision}
+    return {"model": path.name, "revision": revision, "hub_id": name}
+
+
+def hub_id(data: Mapping[str, Any]) -> str | None:
+    """The hub id of the model that a record names, None where it is not known."""
+    name = str(data.get("hub_id") or data.get("model") or "")
+    return name if is_hub_id(name) else None
 
 
 def _complete(folder: Path) -> bool:

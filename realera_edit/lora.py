@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,15 @@ from torch import Tensor
 
 from . import __version__
 from .algebra import approximate
-from .checkpoint import Checkpoint, Denoiser, chosen_weights
+from .card_text import title
+from .checkpoint import Checkpoint, Denoiser, chosen_weights, read_json
 from .editfile import EditFile
 from .errors import CheckpointError, ConfigError, RealEraWarning
+from .layouts import unet_prefixes
 from .lora_layout import Layout, original_path, single_layout
+from .modelspec import check_given, kind_of, of_lora, seal
 from .projections import Projection, selected
-from .provenance import METADATA_KEY
+from .provenance import METADATA_KEY, origin
 from .singlefile import SingleFile
 from .solve import Factor
 from .tensorfile import DTYPES, TensorFile, all_finite, to_bytes, write_tensors
@@ -91,16 +94,19 @@ def export_lora(
     revision: str | None = None,
     force_encoder: bool = False,
     force: bool = False,
+    metadata: Mapping[str, str] | None = None,
 ) -> LoraReport:
     """Write `edit` as a LoRA of `model` (unedited: a folder, hub id or single file), to be loaded on it at scale 1.
 
     Each layer is the best approximation of W (M - I) of its rank in the Frobenius norm. `rank`: the most that is kept
     of each layer; `energy`: keep the least rank that holds this share of each layer's squared norm. With neither, a
     low-rank edit is exact (up to `dtype`) and a dense one keeps 99 %, a relative error of at most 0.1. The scale at
-    which the LoRA is loaded is a dial: s gives W (I + s (M - I)). Raises `ConfigError`, `CheckpointError`,
-    `ProjectionError`.
+    which the LoRA is loaded is a dial: s gives W (I + s (M - I)). `metadata` goes into the header, beside what it
+    says of itself (`modelspec`). Raises `ConfigError`, `CheckpointError`, `ProjectionError`.
     """
     _check_options(format, rank, energy, dtype)
+    given = dict(metadata or {})
+    check_given(given)
     file = edit if isinstance(edit, EditFile) else EditFile.load(edit)
     out = Path(out)
     source = open_target(
@@ -118,11 +124,13 @@ def export_lora(
         unet, others = source.denoisers[0], _others(source.denoisers[1:])
         layout = single_layout(source.file, unet)
         files = dict.fromkeys(layout.paths, source.file)
+        kind = _single_kind(source.file)
     else:
         unet = next(denoiser for denoiser in source.denoisers if denoiser.name == "unet")
         others = _others(denoiser for denoiser in source.denoisers if denoiser.name != "unet")
         layout = Layout(unet.config, {p.name: p.name.removesuffix(".weight") for p in unet.projections})
         files = _weights(source, unet, variant)
+        kind = _folder_kind(source.root, unet, files)
     if others:
         warnings.warn(f"{source.where}: a LoRA reaches the U-Net alone, not {', '.join(others)}", RealEraWarning, 2)
     wanted = selected(unet.projections, file.config.edit, file.config.pooled)
@@ -131,8 +139,13 @@ def export_lora(
     for projection in wanted:
         tensors |= plan.layer(projection, files[projection.name])
     needed = sum(_size(shape) * dtype.itemsize for _, shape, _ in tensors.values())
+    recipe = _recipe(file, format, source)
+    spec = of_lora(kind, format, title(recipe), [layer.rank for layer in plan.layers], ALPHA, given)
     with staged_file(out, force=force, needed=needed) as temporary:
-        write_tensors(temporary, tensors, plan.metadata())
+        write_tensors(
+            temporary, tensors, {"format": "pt", **spec, METADATA_KEY: json.dumps(recipe, ensure_ascii=False)}
+        )
+        seal(temporary)
     report = LoraReport(str(out), format, out.stat().st_size, tuple(plan.layers), others)
     _warn(report)
     return report
@@ -222,15 +235,29 @@ class _Plan:
             path = original_path(path, layers)
         return "lora_unet_" + path.replace(".", "_")
 
-    def metadata(self) -> dict[str, str]:
-        """What goes into the file's header."""
-        recipe = {
-            "version": __version__,
-            "lora": self.format,
-            "concepts": [{"name": c.name, "target": c.target, "aliases": list(c.aliases)} for c in self.file.concepts],
-            "config": self.file.config.to_dict(),
-        }
-        return {"format": "pt", METADATA_KEY: json.dumps(recipe, ensure_ascii=False)}
+
+def _recipe(file: EditFile, format: str, source: Checkpoint) -> dict[str, Any]:
+    """The recipe in the file's header. A model that has no name on the hub is not named: its name tells nothing."""
+    told = origin(source)
+    return {
+        "version": __version__,
+        "lora": format,
+        **{key: value for key, value in told.items() if "revision" in told or key == "license"},
+        "concepts": [{"name": c.name, "target": c.target, "aliases": list(c.aliases)} for c in file.concepts],
+        "preserve": list(file.recipe["preserve"]),
+        "config": file.config.to_dict(),
+    }
+
+
+def _single_kind(file: TensorFile) -> str | None:
+    shapes = {name: entry.shape for name, entry in file.entries.items()}
+    return kind_of(shapes, unet_prefixes(shapes)[0], told=file.metadata.get("modelspec.architecture"))
+
+
+def _folder_kind(root: Path, unet: Denoiser, files: Mapping[str, TensorFile]) -> str | None:
+    scheduler = root / "scheduler" / "scheduler_config.json"
+    shapes = {name: file.entries[name].shape for name, file in files.items()}
+    return kind_of(shapes, unet=unet.config, scheduler=read_json(scheduler) if scheduler.is_file() else None)
 
 
 def _check_options(format: str, rank: int | None, energy: float | None, dtype: torch.dtype) -> None:

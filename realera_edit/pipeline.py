@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .checkpoint import ENCODER_CLASSES, encoder_widths
 from .embeddings import PromptEncoder
 from .errors import CheckpointError, ProjectionError, RealEraWarning, SolveError
+from .history import PIPELINE
 from .projections import Projection, text_projections
 from .tensorfile import all_finite
 from .writer import digest
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 class LoadedPipeline:
     """A pipeline that is edited in place. The original weights of edited tensors are kept for `restore`."""
 
-    where = "the pipeline"
+    where = PIPELINE
 
     def __init__(self, pipe: Any, progress: bool = False, dtype: torch.dtype | None = None) -> None:
         components: Mapping[str, Any] = getattr(pipe, "components", None) or {}

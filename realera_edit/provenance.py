@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -12,15 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, history
-from .checkpoint import UNDO_FILE
+from .checkpoint import UNDO_FILE, Checkpoint
 from .compute import space_report
 from .errors import CheckpointError
+from .front_matter import CARD, licence
 from .history import header_of, read_record, recipe_in, record_before, record_beside, sidecars, undone_metadata
+from .hub import is_hub_id, public_name
 from .tensorfile import TensorFile, open_tensors, rewrite, write_tensors
 from .writer import copy_rest, copy_size, digest, staged
 
 if TYPE_CHECKING:
     from .edit import EditResult
+    from .pipeline import LoadedPipeline
 
 RECORD = history.RECORD
 UNDO = UNDO_FILE
@@ -57,12 +61,15 @@ def record(result: EditResult) -> dict[str, Any]:
                 "words": {g.name: _round(words.get(g.name, math.nan)) for g, _ in mine if g.role == "word"},
             }
         )
+    dtype = _encoder_dtype(result)
     return {
         "realera_edit": __version__,
-        "model": result.source.where,
+        **origin(result.source),
         "config": result.config.to_dict(),
         "concepts": concepts,
         "preserve": list(result.preserve),
+        **({"prior": list(result.prior)} if result.prior else {}),
+        **({"dtype": dtype} if dtype not in (None, "float32") else {}),
         "drift": {name: {"mean": _round(mean), "worst": _round(worst)} for name, mean, worst in edit.drift},
         "projections": result.counts(),
         "spaces": {
@@ -75,6 +82,26 @@ def record(result: EditResult) -> dict[str, Any]:
         "tensors": result.tensors,
         **({"previous": list(result.previous)} if result.previous else {}),
     }
+
+
+def origin(source: Checkpoint | LoadedPipeline) -> dict[str, Any]:
+    """Name and licence of a model, as far as they are known, for a record."""
+    if isinstance(source, Checkpoint):
+        name, root = public_name(source.where), source.root
+        # a card beside a single file is that file's only where the hub put it there
+        terms = licence((root.parent if "hub_id" in name else root) / CARD)
+        return {**name, **({"license": terms} if terms else {})}
+    told = str(getattr(source.pipe, "name_or_path", None) or "")
+    name = public_name(told)
+    if "revision" in name:
+        return name
+    return {"model": told if is_hub_id(told) and not os.path.exists(told) else source.where}
+
+
+def _encoder_dtype(result: EditResult) -> str | None:
+    """The precision that the text encoder ran in, None where it did not run."""
+    pairs = result.source.encoder.pairs
+    return str(pairs[0][1].dtype).removeprefix("torch.") if pairs else None
 
 
 def _round(value: float) -> float:
@@ -96,15 +123,18 @@ def write_record(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_undo(path: Path, root: Path, chosen: Mapping[str, Sequence[str]]) -> None:
-    """Store the original bytes of every edited tensor, named "file::tensor"."""
+def write_undo(
+    path: Path, root: Path, chosen: Mapping[str, Sequence[str]], metadata: Mapping[str, str | None] | None = None
+) -> None:
+    """Store the original bytes of every edited tensor, named "file::tensor", and what else was in the header."""
     tensors = {}
     for relative, names in chosen.items():
         file = open_tensors(root / relative)
         for name in names:
             entry = file.entries[name]
             tensors[f"{relative}::{name}"] = (entry.dtype, entry.shape, lambda f=file, n=name: f.read_bytes(n))
-    write_tensors(path, tensors, {METADATA_KEY: json.dumps({"undo": True, "version": __version__})})
+    told = {"undo": True, "version": __version__, **({"metadata": dict(metadata)} if metadata else {})}
+    write_tensors(path, tensors, {METADATA_KEY: json.dumps(told, ensure_ascii=False)})
 
 
 def inspect_path(path: str | Path) -> dict[str, Any]:
@@ -133,8 +163,11 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
 def undo_folder(path: str | Path, out: str | Path, *, force: bool = False, progress: bool = False) -> Path:
     """Write the folder `out` as `path` with the original weights, to the bit; `path` stays as it is.
 
-    Raises `CheckpointError` where the undo file is missing or damaged, or a weight is not the one that the edit wrote.
+    Our part of the model card goes, too. Raises `CheckpointError` where the undo file is missing or damaged, or a
+    weight is not the one that the edit wrote.
     """
+    from .card import restore
+
     root, out = Path(path), Path(out)
     data = inspect_path(root)
     tensors: dict[str, dict[str, dict[str, str]]] = data["tensors"]
@@ -156,6 +189,7 @@ def undo_folder(path: str | Path, out: str | Path, *, force: bool = False, progr
             rewrite(file, folder / relative, undone_metadata(data), restored)
         if (before := record_before(data)) is not None:
             write_record(folder / RECORD, before)
+        restore(folder, before)
     return out
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from .errors import CheckpointError
 
 NAME = "emoji"
-_FOLDER = Path(__file__).with_name("models") / NAME
+FOLDER = Path(__file__).with_name("models") / NAME
 
 
 def reference_model() -> Path:
     """The diffusers folder of the reference model. `CheckpointError` if the installation left it out."""
-    if not (_FOLDER / "model_index.json").is_file():
-        raise CheckpointError(f"{_FOLDER}: the reference model is not installed; install realera-edit with its data")
-    return _FOLDER
+    if not (FOLDER / "model_index.json").is_file():
+        raise CheckpointError(f"{FOLDER}: the reference model is not installed; install realera-edit with its data")
+    return FOLDER

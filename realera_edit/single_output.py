@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import CheckpointError
 from .history import record_before, sidecars, undone_metadata
+from .layouts import unet_prefixes
+from .modelspec import of_checkpoint, originals_in, replaced, seal
 from .provenance import check_hashes, inspect_path, originals_of, write_record, write_undo
 from .singlefile import SingleFile
 from .tensorfile import open_tensors, rewrite
@@ -18,7 +21,16 @@ if TYPE_CHECKING:
     from .edit import EditResult
 
 
-def save_single(result: EditResult, source: SingleFile, out: Path, *, force: bool, link: bool, undo: bool) -> None:
+def save_single(
+    result: EditResult,
+    source: SingleFile,
+    out: Path,
+    *,
+    force: bool,
+    link: bool,
+    undo: bool,
+    metadata: Mapping[str, str],
+) -> None:
     """Write `out` as the file of `source` with its projections edited; see `EditResult.save`."""
     from .edit import check_changed
 
@@ -29,12 +41,17 @@ def save_single(result: EditResult, source: SingleFile, out: Path, *, force: boo
     entries = [source.file.entries[p.name] for p in source.projections]
     edited = sum(entry.stop - entry.start for entry in entries)
     needed = source.root.stat().st_size + (edited if undo else 0)
+    names, before = [concept.name for concept in result.edit.concepts], result.previous
+    earlier = [str(row["name"]) for old in before for row in old["concepts"]]
+    changes = of_checkpoint(source.file, unet_prefixes(source.file.entries)[0], names, earlier, metadata)
     with staged_file(out, force=force, needed=needed, publish=_publish) as path:
-        result.rewrite(source.file, source.projections, path, group)
+        result.rewrite(source.file, source.projections, path, group, changes)
+        seal(path)
         check_changed(source.where, result.tensors)
         record, originals = sidecars(path)
         if undo:
-            write_undo(originals, source.root.parent, {group: list(result.tensors[group])})
+            told = replaced(changes, source.file.metadata)
+            write_undo(originals, source.root.parent, {group: list(result.tensors[group])}, told)
         write_record(record, result.to_dict())
 
 
@@ -62,7 +79,7 @@ def undo_file(path: str | Path, out: str | Path, *, force: bool = False) -> Path
         check_hashes(file, stored, group, name, tensors[group][name])
     with staged_file(out, force=force, needed=path.stat().st_size, publish=_publish) as temporary:
         restored = ((name, stored.read(f"{group}::{name}")) for name in names)
-        rewrite(file, temporary, undone_metadata(data), restored)
+        rewrite(file, temporary, {**originals_in(stored), **undone_metadata(data)}, restored)
         if (before := record_before(data)) is not None:
             write_record(sidecars(temporary)[0], before)
     return out

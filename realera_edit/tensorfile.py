@@ -182,14 +182,15 @@ def _copy_range(src: int, dst: int, count: int) -> None:
 
 
 def rewrite(
-    source: TensorFile, target: Path, metadata: Mapping[str, str], edited: Iterator[tuple[str, Tensor]]
+    source: TensorFile, target: Path, metadata: Mapping[str, str | None], edited: Iterator[tuple[str, Tensor]]
 ) -> None:
-    """Write `target` as `source` with some tensors replaced and `metadata` added.
+    """Write `target` as `source` with some tensors replaced and `metadata` added (a key of None: taken out).
 
     Every other tensor is byte-identical, and so are the order of the keys and the layout of the data section.
     `edited` yields (name, tensor of the stored dtype and shape).
     """
-    header = {"__metadata__": {**source.metadata, **metadata}}
+    told = {key: value for key, value in {**source.metadata, **metadata}.items() if value is not None}
+    header: dict[str, Any] = {"__metadata__": told}
     header |= {name: value for name, value in source.raw.items() if name != "__metadata__"}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

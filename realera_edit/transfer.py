@@ -36,8 +36,13 @@ class AppliedEdit(EditResult):
     def to_dict(self) -> dict[str, Any]:
         """The record that is written to `realera_edit.json`: the recipe of the edit, the hashes of this model."""
         recipe = self.file.recipe
-        kept = {name: recipe[name] for name in ("concepts", "drift")}
-        return {**super().to_dict(), **kept, "applied": {"made_from": recipe["model"], "history": recipe["history"]}}
+        kept = {name: recipe[name] for name in ("concepts", "drift", "dtype") if name in recipe}
+        made = {"made_from": recipe["model"]} | {
+            name: recipe[name] for name in ("revision", "hub_id", "history") if name in recipe
+        }
+        data = super().to_dict()
+        data.pop("dtype", None)  # of this model's text encoder, which did not run
+        return {**data, **kept, "applied": made}
 
     def save_edit(self, path: str | Path, *, force: bool = False) -> Path:
         """Write the edit file again."""
@@ -76,7 +81,13 @@ def apply_edit(
         progress=progress,
     )
     result = AppliedEdit(
-        source, _as_edit(file), file.config, tuple(file.recipe["preserve"]), progress=progress, file=file
+        source,
+        _as_edit(file),
+        file.config,
+        tuple(file.recipe["preserve"]),
+        progress=progress,
+        prior=tuple(file.recipe.get("prior", ())),
+        file=file,
     )
     selection = selected(source.projections, file.config.edit, file.config.pooled)
     if not selection:

@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 from realera_edit import RealEraWarning, edit_model
 from realera_edit.checkpoint import open_checkpoint
 from realera_edit.errors import CheckpointError
+from realera_edit.front_matter import CARD
 from realera_edit.projections import POOLED
 from realera_edit.provenance import METADATA_KEY, RECORD, UNDO
 
 Tiny = Callable[..., Path]
 PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
-OWN = {RECORD, UNDO}
+OWN = {RECORD, UNDO, CARD}
 
 
 def erase(model: Any, out: Path | None = None, config: Any = QUICK, **options: Any) -> Any:

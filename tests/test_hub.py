@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -11,9 +12,9 @@ import pytest
 from helpers import QUICK, tree
 from huggingface_hub import constants
 
-from realera_edit import edit_model
+from realera_edit import edit_model, reference_model
 from realera_edit.errors import CheckpointError
-from realera_edit.hub import resolve
+from realera_edit.hub import public_name, resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -52,7 +53,9 @@ def test_a_cached_model_is_edited_offline(sd1: Path, hub_cache: Path, tmp_path: 
     edit_model(sd1, ["cat"], config=QUICK).save(tmp_path / "wanted")
     out, wanted = tree(tmp_path / "out"), tree(tmp_path / "wanted")
     assert out.keys() == wanted.keys()
-    assert {name for name in out if out[name] != wanted[name]} == {"realera_edit.json"}  # names the model
+    assert {name for name in out if out[name] != wanted[name]} == {"realera_edit.json", "README.md"}  # name the model
+    record = json.loads((tmp_path / "out" / "realera_edit.json").read_text())
+    assert (record["model"], record["revision"]) == ("owner/tiny", COMMIT)
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
     assert tree(hub_cache) == before
 
@@ -114,6 +117,27 @@ def test_a_download_that_was_broken_off_is_taken_up_again(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert resolve("owner/tiny") == snapshot
     assert [name for name, _ in asked] == ["owner/tiny"]
+    assert {"README.md", "LICENSE"} <= set(asked[0][1])  # what is made of the model is under its licence
     assert not any(pattern.endswith(ending) for pattern in asked[0][1] for ending in ("bin", "ckpt", "*", "pt"))
     assert resolve("owner/tiny") == snapshot
     assert len(asked) == 1
+
+
+def test_a_record_names_a_model_and_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    snapshot = f"/home/alice/.cache/huggingface/hub/models--owner--my-model/snapshots/{COMMIT}"
+    told = {"model": "owner/my-model", "revision": COMMIT}
+    cases = {
+        snapshot: told,
+        snapshot.replace("/", "\\"): told,
+        f"{snapshot}/model.safetensors": {**told, "model": "model.safetensors", "hub_id": "owner/my-model"},
+        f"{snapshot}0": {"model": f"{COMMIT}0"},
+        str(reference_model()): {"model": "emoji"},
+        "/home/alice/sd15": {"model": "sd15"},
+        "../alice/sd15.safetensors": {"model": "sd15.safetensors"},
+        "sd15/": {"model": "sd15"},
+        ".": {"model": tmp_path.name},
+        "the pipeline": {"model": "the pipeline"},
+    }
+    for where, wanted in cases.items():
+        assert public_name(where) == wanted

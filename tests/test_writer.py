@@ -13,6 +13,7 @@ from helpers import QUICK, UNET, tree
 
 from realera_edit import edit_model, writer
 from realera_edit.errors import CheckpointError
+from realera_edit.front_matter import CARD
 from realera_edit.provenance import RECORD, UNDO
 from realera_edit.writer import staged
 
@@ -42,7 +43,7 @@ def test_an_existing_folder_needs_force(sd1: Path, tmp_path: Path) -> None:
         save(sd1, out)
     assert tree(out).keys() == {"mine.txt", "model_index.json"}
     save(sd1, out, force=True)
-    assert tree(out).keys() == tree(sd1).keys() | {RECORD, UNDO}
+    assert tree(out).keys() == tree(sd1).keys() | {RECORD, UNDO, CARD}
     assert nothing_left(tmp_path)
 
 
