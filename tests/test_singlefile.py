@@ -87,7 +87,7 @@ def test_order_metadata_and_foreign_tensors_are_kept(single: Path, tmp_path: Pat
     assert changed(single, tmp_path / "out.safetensors") == projections(single)
     written = header(tmp_path / "out.safetensors")
     recipe = json.loads(written["__metadata__"].pop(METADATA_KEY))
-    assert written["__metadata__"] == METADATA
+    assert written["__metadata__"] == {**METADATA, "modelspec.title": "作品 (without cat)"}
     assert recipe["concepts"] == [{"name": "cat", "target": "object", "aliases": []}]
 
 

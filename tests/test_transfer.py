@@ -24,6 +24,7 @@ from realera_edit import (
 from realera_edit.checkpoint import open_checkpoint
 from realera_edit.errors import CheckpointError, ProjectionError
 from realera_edit.fingerprint import loaded_encoders, stored_encoders
+from realera_edit.front_matter import CARD
 from realera_edit.provenance import RECORD
 
 Tiny = Callable[..., Path]
@@ -35,7 +36,7 @@ TEXT = "text_encoder/model.safetensors"
 
 @pytest.mark.parametrize("config", [QUICK, DENSE], ids=["low-rank", "dense"])
 def test_applying_writes_the_bytes_that_erase_writes(family: str, tiny: Tiny, tmp_path: Path, config: Any) -> None:
-    """In every precision and layout of the same model; everything but the record is the same file."""
+    """In every precision and layout of the same model; everything but the record and its card is the same file."""
     layouts = [(torch.float32,), (torch.float16, "fp16"), (torch.bfloat16, None, "400KB")]
     for place, options in enumerate(layouts if config is QUICK else layouts[:1]):
         base = tmp_path / str(place)
@@ -47,7 +48,7 @@ def test_applying_writes_the_bytes_that_erase_writes(family: str, tiny: Tiny, tm
         applied = apply_edit(path, model)
         applied.save(base / "applied")
         one, two = tree(base / "erased"), tree(base / "applied")
-        assert one.pop(RECORD) != two.pop(RECORD)
+        assert all(one.pop(name) != two.pop(name) for name in (RECORD, CARD))  # how it was made
         assert one == two
         assert applied.tensors == result.tensors
         assert tree(model) == before
