@@ -87,6 +87,15 @@ def invert(
     return Inversion(vector.detach(), start, tuple(losses))
 
 
+def turned(pictures: Tensor, *, back: bool = False) -> Tensor:
+    """Pictures [n, H, W, 3] upside down with their colours rotated (red as green, green as blue); `back` undoes it.
+
+    The control of an inversion: no prompt draws these, though they have every line and every grey of the concept. How
+    often a word learned from them draws them, turned back before they are judged, is what pictures alone can teach.
+    """
+    return pictures.flip(1).roll(-1 if back else 1, 3)
+
+
 @contextlib.contextmanager
 def word(pipe: Any, start: str, vector: Tensor) -> Iterator[None]:
     """Within it, every occurrence of the token `start` in a prompt reads `vector` [d]."""
