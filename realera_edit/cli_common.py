@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,6 +70,20 @@ def check_same_kind(model: Path, out: Path | None) -> None:
         return
     kind, wanted = ("file", "ends in .safetensors") if single else ("folder", "does not end in .safetensors")
     raise CheckpointError(f"{out}: MODEL is a {kind}, and so is the output; give it a name that {wanted}")
+
+
+def bar() -> Callable[[str, int, int], None]:
+    """Progress (label, done, total) on stderr, one bar after another."""
+    bars: list[Any] = []
+
+    def show(label: str, done: int, total: int) -> None:
+        if not bars:
+            bars.append(click.progressbar(length=total, label=label, file=sys.stderr).__enter__())
+        bars[0].update(done - bars[0].pos)
+        if done >= total:
+            bars.pop().__exit__(None, None, None)
+
+    return show
 
 
 def print_result(data: dict[str, Any], text: str, as_json: bool, quiet: bool) -> None:
