@@ -129,7 +129,8 @@ class Arena:
 
     def learned(self, pictures: Tensor) -> np.ndarray:
         """Learn a word from pictures [n, H, W, 3] in the model as it is now, and draw it in both prompts."""
-        found = invert(self.pipe, pictures, start=START, steps=self.steps, templates=PLAIN)
+        with torch.autocast(self.pipe.device.type, dtype=torch.bfloat16, enabled=self.bench.settings.fast):
+            found = invert(self.pipe, pictures, start=START, steps=self.steps, templates=PLAIN)
         with word(self.pipe, START, found.vector):
             states = encode(self.pipe, [template.format(START) for template in PLAIN])
         return self.drawn(states)
@@ -256,6 +257,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--cache", type=Path, default=DEFAULT_CACHE)
     add("--steps", type=int, default=Settings.steps, help="of the sampler")
     add("--seeds", type=int, default=4, help="pictures of each prompt")
+    add("--far", type=int, default=Settings.far, help="far concepts")
     add("--seed", type=int, default=0, help="of the choice of concepts")
     add("--fast", action="store_true", help="draw with the U-Net in bfloat16")
     add("--threads", type=int, default=2)
@@ -276,7 +278,11 @@ def main(arguments: Sequence[str] | None = None, bench: Bench | None = None) -> 
     if bench is None:
         seeds = tuple(range(options.seeds))
         settings = Settings(
-            steps=options.steps, fast=options.fast, seeds=seeds, choice_seeds=tuple(100 + seed for seed in seeds)
+            steps=options.steps,
+            fast=options.fast,
+            seeds=seeds,
+            choice_seeds=tuple(100 + seed for seed in seeds),
+            far=options.far,
         )
         bench = Bench(options.model, options.cache, options.judge, settings)
     record = {"versions": common.versions(), "machine": common.machine(), "command": command}

@@ -31,6 +31,7 @@ _HOMES = {
     "EvaluationConfig": "evaluation_config",
     "export_lora": "lora",
     "invert": "inversion",
+    "invert_model": "inversion_run",
     "wrap_text_encoder": "wrap",
     "inspect_path": "provenance",
     "undo_file": "single_output",
@@ -60,6 +61,7 @@ __all__ = [
     "export_lora",
     "inspect_path",
     "invert",
+    "invert_model",
     "load_concepts",
     "reference_model",
     "undo_file",
@@ -78,6 +80,7 @@ if TYPE_CHECKING:
     from .evaluation import Evaluation, evaluate
     from .evaluation_config import EvaluationConfig
     from .inversion import invert
+    from .inversion_run import invert_model
     from .lora import export_lora
     from .provenance import inspect_path, undo_folder
     from .reference import reference_model
