@@ -50,6 +50,7 @@ from realera_edit.vocabulary import load_prior, whole_words
 
 BUDGETS = (0.25, 0.5, 1.0)
 TRAINED = "embedding 0.5"  # what `robust` attacks itself with
+THRESHOLD = 0.95  # of the unedited model's pictures, for a concept to take part
 START = "object"
 EXAMPLES = 8  # pictures that the inversion learns from
 WORDS, TOP = 2000, 5  # vocabulary words to search, and the nearest of them to draw
@@ -281,8 +282,9 @@ def main(arguments: Sequence[str] | None = None, bench: Bench | None = None) -> 
             steps=options.steps,
             fast=options.fast,
             seeds=seeds,
-            choice_seeds=tuple(100 + seed for seed in seeds),
+            choice_seeds=tuple(100 + seed for seed in range(min(options.seeds, 2))),
             far=options.far,
+            threshold=THRESHOLD,
         )
         bench = Bench(options.model, options.cache, options.judge, settings)
     record = {"versions": common.versions(), "machine": common.machine(), "command": command}
