@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -99,17 +100,17 @@ def tidy(value: Any) -> Any:
 
 
 def nested_sets(bench: Bench, split: Split, counts: Sequence[int], draw: int, seed: int) -> dict[int, list[str]]:
-    """Concepts that the model draws, also by an alias, in one random order; a set is the beginning of the next."""
+    """Concepts that the model draws, in one random order; a set is the beginning of the next.
+
+    Those that it draws by an alias, too, come first: H_4 is taken over them. Others fill up large sets.
+    """
     labels = sorted(bench.qualified(split))
     order = random.Random(f"{seed} {draw}").sample(labels, len(labels))
-    chosen: list[str] = []
-    for label in order:
-        if len(chosen) == max(counts):
-            break
-        if bench.drawn_aliases(label):
-            chosen.append(label)
-    if len(chosen) < max(counts):
-        raise ValueError(f"only {len(chosen)} {split} concepts take part, {max(counts)} were asked for")
+    if len(order) < max(counts):
+        raise ValueError(f"only {len(order)} {split} concepts take part, {max(counts)} were asked for")
+    named = itertools.islice((label for label in order if bench.drawn_aliases(label)), max(counts))
+    chosen = list(named)
+    chosen += [label for label in order if label not in chosen]
     return {count: chosen[:count] for count in counts}
 
 

@@ -24,6 +24,7 @@ from benchmarks.reference_model.judge import Judge
 from benchmarks.reference_model.pictures import DEFAULT_CACHE, Concept, read_concepts
 from benchmarks.reference_model.sampler import PictureStore, generate, load_pipeline
 from benchmarks.reference_model.splits import Split, aliases, split_of
+from benchmarks.reference_model.texts import fixed_aliases
 from realera_edit.hub import resolve
 from realera_edit.metrics import Rate, bootstrap, harmonic_means
 
@@ -117,7 +118,9 @@ class Bench:
         model = resolve(model)
         self.settings, self.judge = settings, Judge.load(judge, model, cache)
         self.concepts = {c.label: c for c in read_concepts(model / "concepts.json")}
-        self.names = aliases(list(self.concepts.values()), cache)
+        fixed = fixed_aliases()
+        ships = fixed.keys() == self.concepts.keys()
+        self.names = fixed if ships else aliases(list(self.concepts.values()), cache)
         self.pipe = load_pipeline(model)
         self.store = PictureStore(
             self.pipe, cache / "pictures.sqlite", settings.steps, settings.guidance, settings.fast

@@ -29,7 +29,7 @@ from .report import render
 from .single_output import save_single
 from .singlefile import SingleFile, open_single
 from .tensorfile import TensorFile, rewrite
-from .writer import check_outside, copy_rest, edited_tensors, staged
+from .writer import check_outside, copy_rest, copy_size, edited_tensors, staged
 
 if TYPE_CHECKING:
     from .geometry import Geometry
@@ -140,9 +140,10 @@ class EditResult:
             raise CheckpointError(f"{out}: is the input; the edit never overwrites it, choose another output")
         files = [(denoiser, file) for denoiser in source.denoisers for file in denoiser.files]
         skip = {file.path for _, file in files} | set(source.dropped) | {source.root / RECORD, source.root / UNDO}
-        needed = sum(
-            path.stat().st_size for path in source.root.rglob("*") if path.is_file() and path not in source.dropped
-        )
+        needed = copy_size(source.root, out, skip, link) + sum(file.path.stat().st_size for _, file in files)
+        if undo:
+            edited = [file.entries[p.name] for d, file in files for p in d.projections if p.name in file.entries]
+            needed += sum(entry.stop - entry.start for entry in edited)
         with staged(out, force=force, needed=needed, source=source.root) as folder:
             copy_rest(source.root, folder, skip, link, self.progress)
             for denoiser, file in files:
@@ -207,8 +208,9 @@ def edit_model(
     merges.txt (default: the local hub cache), and `text_encoder` a diffusers folder, for a file of the U-Net alone.
     `concepts`: names, `Concept`s or mappings with name, target, aliases, strength, kind. `target`: for concepts
     without one of their own. `preserve`: names or prompts that must stay. `prior`: prompts in place of the
-    vocabulary's frequent words. `device`, `dtype`: of the text encoder of a folder (default: a GPU where there is
-    one, float32). Raises a `RealEraError`; warns with `RealEraWarning` about what deserves a look.
+    vocabulary's frequent words. `device`: of the text encoder of a folder (default: a GPU where there is one).
+    `dtype`: what a text encoder computes in (default: float32, also where a pipeline was loaded in 16 bits, so that
+    its edit is that of the file). Raises a `RealEraError`; warns with `RealEraWarning` about what deserves a look.
     """
     config = config or EditConfig()
     # one name alone is a list of one, not of its letters
@@ -241,11 +243,12 @@ def edit_model(
     elif tokenizer is not None or text_encoder is not None:
         raise CheckpointError("a loaded pipeline has its own text encoder: leave tokenizer and text_encoder out")
     else:
-        source = LoadedPipeline(model, progress=progress)
+        source = LoadedPipeline(model, progress=progress, dtype=dtype)
     selection = selected(source.projections, config.edit, config.pooled)
     has_pooled = any(p.role == "pooled" for p in selection)
     layers = metric(source, config.edit) if config.robust else None
     edit = compute_edit(source.encoder, wanted, config, preserve, prior, layers)
+    source.encoder.release()
     result = EditResult(source, edit, config, preserve, progress=progress)
     if has_pooled and edit.pooled is None:
         raise CheckpointError(

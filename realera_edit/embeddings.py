@@ -41,11 +41,15 @@ class PromptEncoder:
     2.x); with `penultimate`, the last but one hidden state of each, concatenated over the width, and the pooled
     projection of the last encoder (SDXL). States of CLIP are causal: a position depends on none after it, so a
     prompt is encoded to its own length plus the padding that is asked for, never to the full 77.
+
+    `dtype`: what to compute in, whatever the weights are stored in; None: as they are stored. The models are not
+    changed: copies take their weights' places meanwhile.
     """
 
     pairs: Sequence[tuple[Any, Any]]
     penultimate: bool = False
     progress: bool = False
+    dtype: torch.dtype | None = None
     _known: dict[tuple[str, int], Encoded] = field(default_factory=dict, repr=False)
     _copies: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
 
@@ -90,7 +94,7 @@ class PromptEncoder:
         limit = CPU_PREFIXES if self.pairs[0][1].device.type == "cpu" else GPU_PREFIXES
         padded = [ids + (-1,) * (length - len(ids)) for ids, length in zip(rows, lengths, strict=True)]
         bar = tqdm(total=len(rows), desc=label, unit="prompt", delay=1, leave=False, disable=not self.progress)
-        with bar, self._aligned():
+        with bar, self._prepared():
             for batch in batches(padded, limit):
                 states, pooled = self._forward([rows[i] for i in batch], [lengths[i] for i in batch])
                 for place, i in enumerate(batch):
@@ -100,23 +104,32 @@ class PromptEncoder:
         return [self._known[prompt, padding] for prompt in prompts]
 
     @contextlib.contextmanager
-    def _aligned(self) -> Iterator[None]:
-        """Meanwhile every weight on the CPU starts at a cache line; then each is where it was.
+    def _prepared(self) -> Iterator[None]:
+        """Meanwhile weights are of `dtype`, and on the CPU start at a cache line; then each is as and where it was.
 
         Where a mapped file puts a weight depends on the file's header, and products of weights that start elsewhere
         round otherwise on some processors: one encoder would give other bits from another file.
         """
-        weights = [w for _, model in self.pairs for w in model.parameters() if w.device.type == "cpu"]
-        moved = [(w, w.data) for w in weights if w.data_ptr() % CACHE_LINE]
+        weights = [w for _, model in self.pairs for w in model.parameters() if w.is_floating_point()]
+        moved = [(w, w.data) for w in weights if not self._fits(w)]
         try:
             for weight, data in moved:
                 if id(weight) not in self._copies:
-                    self._copies[id(weight)] = data.clone()
+                    self._copies[id(weight)] = data.to(self.dtype or data.dtype, copy=True)
                 weight.data = self._copies[id(weight)]
             yield
         finally:
             for weight, data in moved:
                 weight.data = data
+
+    def _fits(self, weight: torch.Tensor) -> bool:
+        return weight.dtype == (self.dtype or weight.dtype) and (
+            weight.device.type != "cpu" or weight.data_ptr() % CACHE_LINE == 0
+        )
+
+    def release(self) -> None:
+        """Free the copies of weights; they are made anew when they are needed."""
+        self._copies.clear()
 
     @torch.inference_mode()
     def _forward(
@@ -146,14 +159,18 @@ class PromptEncoder:
         return [states[i, : len(row)] for i, row in enumerate(padded)]
 
     def fingerprint(self) -> str:
-        """SHA-256 over the tokenizers and every encoder weight (dtype, shape and bytes): what a state depends on."""
+        """SHA-256 over the tokenizers and every encoder weight (dtype, shape and bytes): what a state depends on.
+
+        The weights are those that it computes with, so one encoder has one fingerprint, from a file or a pipeline.
+        """
         digest = hashlib.sha256(f"penultimate={self.penultimate}".encode())
-        for tokenizer, model in self.pairs:
-            digest.update(repr((tokenizer.pad_token_id, sorted(tokenizer.get_vocab().items()))).encode())
-            digest.update(str(getattr(model.config, "hidden_act", "")).encode())
-            for name, tensor in sorted(model.state_dict().items()):
-                digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        with self._prepared():
+            for tokenizer, model in self.pairs:
+                digest.update(repr((tokenizer.pad_token_id, sorted(tokenizer.get_vocab().items()))).encode())
+                digest.update(str(getattr(model.config, "hidden_act", "")).encode())
+                for name, tensor in sorted(model.state_dict().items()):
+                    digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+                    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 

@@ -22,7 +22,7 @@ from .errors import CheckpointError, ConfigError, RealEraError
 
 SIZE = 32
 SPECS = "reference, reference:FILE, clip:FOLDER, classifier:FOLDER, nudenet or python:MODULE:NAME"
-_SHIPPED = Path(__file__).with_name("models") / "judge-report.safetensors"
+SHIPPED = Path(__file__).with_name("models") / "judge-report.safetensors"
 _BATCH = 256
 
 
@@ -160,12 +160,12 @@ class ReferenceJudge:
 
 def reference_judge() -> ReferenceJudge:
     """The judge that ships for the reference model. `CheckpointError` if the installation left it out."""
-    if not _SHIPPED.is_file():
+    if not SHIPPED.is_file():
         raise CheckpointError(
-            f"{_SHIPPED}: the reference judge is not installed; install realera-edit with its data, or name another "
+            f"{SHIPPED}: the reference judge is not installed; install realera-edit with its data, or name another "
             f"judge: {SPECS}"
         )
-    return ReferenceJudge.load(_SHIPPED)
+    return ReferenceJudge.load(SHIPPED)
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,14 @@ class LoadedPipeline:
 
     where = "the pipeline"
 
-    def __init__(self, pipe: Any, progress: bool = False) -> None:
+    def __init__(self, pipe: Any, progress: bool = False, dtype: torch.dtype | None = None) -> None:
         components: Mapping[str, Any] = getattr(pipe, "components", None) or {}
         if not isinstance(components.get("unet"), nn.Module):
             raise CheckpointError(
                 f"{type(pipe).__name__} has no U-Net: give a loaded Stable Diffusion 1.x, 2.x or XL pipeline, or a path"
             )
         self.pipe = pipe
-        self.encoder = _encoder(components, progress)
+        self.encoder = _encoder(components, progress, dtype or torch.float32)
         widths = encoder_widths(self.encoder)
         self._parameters: dict[tuple[str, str], nn.Parameter] = {}
         self._found: dict[str, tuple[Projection, ...]] = {}
@@ -115,7 +115,7 @@ def _check_present(name: str, module: nn.Module) -> None:
         )
 
 
-def _encoder(components: Mapping[str, Any], progress: bool) -> PromptEncoder:
+def _encoder(components: Mapping[str, Any], progress: bool, dtype: torch.dtype) -> PromptEncoder:
     pairs = []
     for suffix in ("", "_2", "_3"):
         model, tokenizer = components.get(f"text_encoder{suffix}"), components.get(f"tokenizer{suffix}")
@@ -129,4 +129,4 @@ def _encoder(components: Mapping[str, Any], progress: bool) -> PromptEncoder:
         pairs.append((tokenizer, model))
     if not pairs:
         raise CheckpointError("the pipeline has no text encoder loaded; the edit needs one")
-    return PromptEncoder(tuple(pairs), penultimate="text_encoder_2" in components, progress=progress)
+    return PromptEncoder(tuple(pairs), penultimate="text_encoder_2" in components, progress=progress, dtype=dtype)

@@ -17,7 +17,7 @@ from .compute import space_report
 from .errors import CheckpointError
 from .history import header_of, read_record, recipe_in, record_before, record_beside, sidecars, undone_metadata
 from .tensorfile import TensorFile, open_tensors, rewrite, write_tensors
-from .writer import copy_rest, digest, staged
+from .writer import copy_rest, copy_size, digest, staged
 
 if TYPE_CHECKING:
     from .edit import EditResult
@@ -147,7 +147,7 @@ def undo_folder(path: str | Path, out: str | Path, *, force: bool = False, progr
         for name in names:
             check_hashes(files[relative], stored, relative, name, tensors[relative][name])
     skip = {file.path for file in files.values()} | {root / UNDO, root / RECORD}
-    needed = sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
+    needed = copy_size(root, out, skip, False) + sum(file.path.stat().st_size for file in files.values())
     with staged(out, force=force, needed=needed, source=root) as folder:
         copy_rest(root, folder, skip, False, progress)
         for relative, file in files.items():

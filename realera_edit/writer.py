@@ -25,6 +25,7 @@ if sys.platform != "win32":  # there, folders of killed runs are left for the us
     import fcntl
 
 GROUP_ELEMENTS = 32 * 2**20
+MARKS = ("model_index.json", "realera_edit.json")  # a folder with one of them is a model: --force may replace it
 
 
 def digest(tensor: Tensor) -> str:
@@ -38,7 +39,8 @@ def staged(out: Path, *, force: bool, needed: int, source: Path | None = None) -
 
     `needed`: bytes that will be written, checked against the free space first. `source`: the folder that is read,
     which `out` may neither be, hold, nor lie in. A folder that a killed run left behind is removed: its lock is
-    free. Raises `CheckpointError` where `out` exists (without `force`), cannot be written, or appears meanwhile.
+    free. Raises `CheckpointError` where `out` exists (without `force`; with it, where it holds files but no model),
+    cannot be written, or appears meanwhile.
     """
     parent = out.absolute().parent
     prefix = f".{out.name}.realera-"
@@ -95,6 +97,11 @@ def _check_place(out: Path, parent: Path, force: bool, source: Path | None) -> N
         if here in there.parents and out.exists():
             raise CheckpointError(f"{out}: holds the input {source}, and cannot be replaced; choose another output")
     _check_free(out, parent, force)
+    if out.is_dir() and any(out.iterdir()) and not any((out / mark).exists() for mark in MARKS):
+        raise CheckpointError(
+            f"{out}: holds files but no model ({MARKS[0]} or {MARKS[1]}), and --force replaces models alone; choose "
+            "another output, or remove it yourself"
+        )
 
 
 def check_outside(out: Path, source: Path) -> None:
@@ -253,6 +260,14 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def copy_size(root: Path, out: Path, skip: set[Path], link: bool) -> int:
+    """Bytes that `copy_rest` will write."""
+    near = next(folder for folder in out.absolute().parents if folder.exists())
+    disk = near.stat().st_dev
+    stats = ((path, path.stat()) for path, _ in walk(root) if path not in skip)
+    return sum(s.st_size for path, s in stats if not (link and path.suffix == ".safetensors" and s.st_dev == disk))
 
 
 def copy_rest(root: Path, out: Path, skip: set[Path], link: bool, progress: bool) -> None:

@@ -80,7 +80,7 @@ def renames(result: Any, base: Path) -> list[dict[str, Any]]:
     for number in range(4):
         out = base / str(number) / "out"
         out.mkdir(parents=True)
-        (out / "old.txt").write_text("old")
+        (out / "model_index.json").write_text("old")
         process = child(lambda n=number, out=out: (_kill_at_rename(n), result.save(out, force=True)))
         status = wait(process)
         after = state(out)

@@ -14,13 +14,14 @@ import tiny_models
 import torch
 from torch import Tensor
 
-from benchmarks import compare
+from benchmarks import compare, styles
 from benchmarks.quality import Bench, Settings
 from benchmarks.reference_model.pictures import Concept
 from benchmarks.reference_model.sampler import PictureStore, load_pipeline
 from benchmarks.reference_model.splits import Alias, split_of
 
 SMALL = Settings(1, 2.0, (0,), (100,), 0.0, 0.0, ("noto",), aliases=1, split_aliases=False, neighbours=2, far=3)
+STYLES = ("red", "small", "black", "round")
 
 
 class StubJudge:
@@ -172,12 +173,15 @@ def test_rows_are_pooled() -> None:
     assert "| 1 | unedited | - | 0.500 [0.332, 0.668] |" in compare.table(found)
 
 
-def test_too_few_concepts(bench: Any) -> None:
-    with pytest.raises(ValueError, match="were asked for"):
-        compare.nested_sets(bench, "development", [500], 0, 0)
-    nothing = SimpleNamespace(qualified=lambda _: ["a"], drawn_aliases=lambda _: ())
-    with pytest.raises(ValueError, match="only 0 development concepts"):
-        compare.nested_sets(nothing, "development", [1], 0, 0)
+def test_a_set_without_enough_aliases_is_filled_up(bench: Any) -> None:
+    """Those with an alias come first; fewer concepts than were asked for are an error."""
+    few: Any = SimpleNamespace(qualified=lambda _: list("abcd"), drawn_aliases=lambda c: ("x",) * (c in "bd"))
+    found = compare.nested_sets(few, "development", [2, 3], 0, 0)
+    assert {*found[2]} == {"b", "d"}
+    assert found[3][:2] == found[2]
+    assert found[3][2] in "ac"
+    with pytest.raises(ValueError, match="only 4 development concepts"):
+        compare.nested_sets(few, "development", [5], 0, 0)
 
 
 def test_rows_with_another_target_are_not_pooled(run: Callable[..., Any]) -> None:
@@ -186,3 +190,40 @@ def test_rows_with_another_target_are_not_pooled(run: Callable[..., Any]) -> Non
     run(*few)
     run(*few, "--target", "thing")
     assert [line["editor"] for line in run("--table")["rows"]] == ["uce", "uce to 'thing'"]
+
+
+def test_styles_are_counted_where_they_belong(
+    bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left of the style is read on its own prompts, what stays on the others'; a second run draws nothing."""
+    path = tmp_path / "styles.jsonl"
+    monkeypatch.setattr(bench.judge, "styles", STYLES)  # words of the tiny model
+    fixed = ["--model", str(bench.model), "--results", str(path), "--threads", "1", "--things", "2", "--json"]
+    styles.main([*fixed, "--editors", "ours", "uce"], bench)
+    first = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["erased"], row["editor"]) for row in first] == [
+        (style, editor) for style in STYLES for editor in ("ours", "uce")
+    ]
+    for row in first:
+        assert "error" not in row, row["error"]
+        assert row["edited"]["style_left"]["count"] == 4  # two things, two templates
+        assert row["edited"]["other_objects"]["count"] == 12
+        assert [row["edited"][name]["count"] for name in ("retained_styles", "other_styles")] == [8, 4]
+        assert row["settings"].get("kind") == ("style" if row["editor"] == "ours" else None)
+    assert first[0]["original"] == first[1]["original"]
+    monkeypatch.setattr(styles, "generate", lambda *_, **__: pytest.fail("a row was drawn again"))
+    styles.main([*fixed, "--editors", "ours", "uce"], bench)
+    assert json.loads(capsys.readouterr().out)["rows"] == first
+
+
+def test_rates_of_styles() -> None:
+    cases = styles.cases_of(["a", "b", "c"], {"a": ["x"], "b": ["x"], "c": ["x", "y"]})
+    hits = torch.tensor([[c.style == "c"] for c in cases])
+    found = styles.rates(cases, ~hits, hits, "a", ["b"])
+    assert {name: (rate.hits, rate.count) for name, rate in found.items()} == {
+        "style_left": (0, 2),
+        "object_kept": (2, 2),
+        "retained_styles": (0, 2),
+        "other_styles": (4, 4),
+        "other_objects": (2, 6),
+    }

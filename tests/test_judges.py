@@ -81,9 +81,9 @@ def test_pictures_are_shrunk_by_area() -> None:
 
 
 def test_shipped_judge(weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(judges, "_SHIPPED", weights)
+    monkeypatch.setattr(judges, "SHIPPED", weights)
     assert reference_judge().labels == open_judge("reference", ()).labels == LABELS
-    monkeypatch.setattr(judges, "_SHIPPED", tmp_path / "gone.safetensors")
+    monkeypatch.setattr(judges, "SHIPPED", tmp_path / "gone.safetensors")
     with pytest.raises(CheckpointError, match=r"gone.safetensors: the reference judge is not installed.* clip:FOLDER"):
         reference_judge()
 

@@ -41,6 +41,21 @@ def test_a_saved_pipeline_loads_and_tells_what_was_done(family: str, model: Path
     assert set(record["tensors"]["unet"]) == {p.name for p in result.source.projections}
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_pipeline_in_16_bits_gets_the_edit_of_its_file(dtype: torch.dtype, model: Path, tmp_path: Path) -> None:
+    """Its encoder computes in float32 meanwhile, and is afterwards as it was; in its own type the edit is another."""
+    load(model, dtype).save_pretrained(tmp_path / "half")
+    edit_model(tmp_path / "half", ["cat"], config=QUICK).save(tmp_path / "out")
+    from_file = load(tmp_path / "out", dtype).unet.state_dict()
+    pipe, own = load(tmp_path / "half", dtype), load(tmp_path / "half", dtype)
+    places = [(w.data_ptr(), w.dtype) for w in pipe.text_encoder.parameters()]
+    edit_model(pipe, ["cat"], config=QUICK)
+    assert not differing(pipe.unet, from_file)
+    assert [(w.data_ptr(), w.dtype) for w in pipe.text_encoder.parameters()] == places
+    edit_model(own, ["cat"], config=QUICK, dtype=dtype)
+    assert differing(own.unet, from_file)
+
+
 def test_a_save_that_fails_leaves_nothing(sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = load(sd1)
     result = edit_model(pipe, ["cat"], config=QUICK)

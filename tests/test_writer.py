@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,25 @@ def test_an_existing_folder_needs_force(sd1: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("mine")
+    (out / "model_index.json").touch()
     with pytest.raises(CheckpointError, match="out: already exists; choose another output, or replace it with --force"):
         save(sd1, out)
-    assert tree(out).keys() == {"mine.txt"}
+    assert tree(out).keys() == {"mine.txt", "model_index.json"}
     save(sd1, out, force=True)
     assert tree(out).keys() == tree(sd1).keys() | {RECORD, UNDO}
+    assert nothing_left(tmp_path)
+
+
+def test_force_replaces_models_alone(sd1: Path, tmp_path: Path) -> None:
+    """A mistyped OUT must not cost a folder of something else; an empty one holds nothing to lose."""
+    for name in ("photos", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "photos" / "mine.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"photos: holds files but no model .*--force replaces models alone"):
+        save(sd1, tmp_path / "photos", force=True)
+    assert tree(tmp_path / "photos").keys() == {"mine.txt"}
+    save(sd1, tmp_path / "empty", force=True)
+    save(sd1, tmp_path / "empty", force=True)
     assert nothing_left(tmp_path)
 
 
@@ -48,6 +63,7 @@ def test_a_failed_run_leaves_what_it_would_replace(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("mine")
+    (out / "model_index.json").touch()
 
     def half(folder: Path) -> None:
         (folder / "half.txt").write_text("half")
@@ -55,7 +71,7 @@ def test_a_failed_run_leaves_what_it_would_replace(tmp_path: Path) -> None:
 
     with pytest.raises(ZeroDivisionError):
         stage(out, half, force=True)
-    assert tree(out).keys() == {"mine.txt"}
+    assert tree(out).keys() == {"mine.txt", "model_index.json"}
     assert nothing_left(tmp_path)
 
 
@@ -67,6 +83,7 @@ def test_an_interrupt_while_replacing_puts_the_old_folder_back(
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("mine")
+    (out / "model_index.json").touch()
     rename, calls = os.rename, iter(range(100))
 
     def failing(*paths: Any) -> None:
@@ -77,7 +94,7 @@ def test_an_interrupt_while_replacing_puts_the_old_folder_back(
     monkeypatch.setattr(os, "rename", failing)
     with pytest.raises((KeyboardInterrupt, SystemExit, CheckpointError)):
         stage(out, lambda folder: (folder / "new.txt").touch(), force=True)
-    assert tree(out).keys() == {"mine.txt"}
+    assert tree(out).keys() == {"mine.txt", "model_index.json"}
     assert nothing_left(tmp_path)
 
 
@@ -87,6 +104,7 @@ def test_an_old_folder_that_cannot_be_put_back_is_not_thrown_away(
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("mine")
+    (out / "model_index.json").touch()
     rename, calls = os.rename, iter(range(100))
 
     def failing(*paths: Any) -> None:
@@ -225,3 +243,22 @@ def test_a_signal_while_the_folder_is_made_leaves_nothing(
         with pytest.raises(SystemExit), staging(tmp_path / "out", force=False, needed=0):
             raise AssertionError("the block ran")
         assert not list(tmp_path.iterdir())
+
+
+def test_links_need_no_room(sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The space that is asked for is what will be written, the originals for undo with it."""
+    unet, vae = (sum(p.stat().st_size for p in (sd1 / part).iterdir()) for part in ("unet", "vae"))
+    others = sum(p.stat().st_size for p in sd1.rglob("*") if p.is_file()) - unet - vae
+    result = edit_model(sd1, ["cat"], config=QUICK)
+
+    def free(size: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(size, 0, size))
+
+    free(unet + others)
+    result.save(tmp_path / "linked", link=True, undo=False)
+    with pytest.raises(CheckpointError, match="GB are needed"):
+        result.save(tmp_path / "copied", undo=False)
+    free(unet + vae + others)
+    result.save(tmp_path / "copied", undo=False)
+    with pytest.raises(CheckpointError, match="GB are needed"):
+        result.save(tmp_path / "undoable")

@@ -20,20 +20,25 @@ from benchmarks.reference_model.training import Loss, Schedule, Trainer, autocas
 
 SCHEDULE = Schedule(steps=5000, rate=8e-4, warmup=200, decay=0.6, average=0.998, seed=3)
 BATCH = 64
-JITTER = 0.1  # most noise on the text states, relative: words near a caption's words should draw the same
-GAMMA = 5.0  # min-SNR weights (arXiv 2303.09556)
 
 
 @dataclasses.dataclass(frozen=True)
-class Mix:
-    """Shares of captions: left out, for classifier-free guidance; without a style; with the label, not an alias."""
+class Recipe:
+    """What a batch is made of, and how its errors are weighed.
+
+    empty, plain, label: shares of captions left out, for classifier-free guidance; without a style; with the label, not
+    an alias. jitter: most noise on the text states, relative: words near a caption's words should draw the same. gamma:
+    of the min-SNR weights (arXiv 2303.09556); None weighs every step's v-error the same.
+    """
 
     empty: float = 0.1
     plain: float = 0.4
     label: float = 0.7
+    jitter: float = 0.1
+    gamma: float | None = 5.0
 
 
-MIX = Mix()
+RECIPE = Recipe()
 
 
 def scheduler() -> Any:
@@ -90,7 +95,8 @@ def text_states(model: Any, tokenizer: Any, texts: Sequence[str], batch: int = 5
     parts = []
     for start in range(0, len(texts), batch):
         ids, _ = text_encoder.tokenize(tokenizer, texts[start : start + batch])
-        parts.append(model(input_ids=ids).last_hidden_state.bfloat16())
+        with autocast(device_of(model)):
+            parts.append(model(input_ids=ids).last_hidden_state.bfloat16())
     return torch.cat(parts)
 
 
@@ -112,23 +118,30 @@ def load_data(cache: Path, encoder: Any, tokenizer: Any, autoencoder: Any, names
     return Data(latents.view(shape), text_states(encoder, tokenizer, texts), rows, labels)
 
 
-def pick_captions(data: Data, concepts: Tensor, styles: Tensor, draw: random.Random, mix: Mix) -> Tensor:
+def pick_captions(data: Data, concepts: Tensor, styles: Tensor, draw: random.Random, recipe: Recipe) -> Tensor:
     """A caption's index for each picture (concept, style)."""
     picked = []
     for concept, style in zip(concepts.tolist(), styles.tolist(), strict=True):
-        kind = 0 if draw.random() < mix.plain else style + 1
+        kind = 0 if draw.random() < recipe.plain else style + 1
         row, labels = data.rows[concept][kind], data.labels[concept][kind]
-        among = row[:labels] if len(row) == labels or draw.random() < mix.label else row[labels:]
-        picked.append(0 if draw.random() < mix.empty else draw.choice(among))
+        among = row[:labels] if len(row) == labels or draw.random() < recipe.label else row[labels:]
+        picked.append(0 if draw.random() < recipe.empty else draw.choice(among))
     return torch.tensor(picked)
 
 
-def batch_loss(unet: Any, data: Data, batch: int, mix: Mix = MIX) -> Loss:
+def step_weights(alphas: Tensor, gamma: float | None) -> Tensor:
+    """The weight of each step's v-error, mean 1."""
+    if gamma is None:
+        return torch.ones_like(alphas)
+    snr = alphas / (1 - alphas)
+    weights = snr.clamp(max=gamma) / (snr + 1)
+    return weights / weights.mean()
+
+
+def batch_loss(unet: Any, data: Data, batch: int, recipe: Recipe = RECIPE) -> Loss:
     """The weighted v-prediction error of random pictures, captions, steps and noise."""
     alphas = scheduler().alphas_cumprod
-    snr = alphas / (1 - alphas)
-    weights = snr.clamp(max=GAMMA) / (snr + 1)
-    weights = weights / weights.mean()
+    weights = step_weights(alphas, recipe.gamma)
     count, styles = data.latents.shape[:2]
     device = device_of(unet)
 
@@ -136,8 +149,8 @@ def batch_loss(unet: Any, data: Data, batch: int, mix: Mix = MIX) -> Loss:
         concept = torch.randint(count, (batch,), generator=generator)
         style = torch.randint(styles, (batch,), generator=generator)
         draw = random.Random(int(torch.randint(2**62, (), generator=generator)))
-        states = data.states[pick_captions(data, concept, style, draw, mix)].float()
-        level = JITTER * torch.rand(batch, 1, 1, generator=generator)
+        states = data.states[pick_captions(data, concept, style, draw, recipe)].float()
+        level = recipe.jitter * torch.rand(batch, 1, 1, generator=generator)
         states = states + level * states.std() * torch.randn(states.shape, generator=generator)
         clean = data.latents[concept, style]
         noise = torch.randn(clean.shape, generator=generator)
@@ -155,17 +168,20 @@ def batch_loss(unet: Any, data: Data, batch: int, mix: Mix = MIX) -> Loss:
 
 
 def trainer(
-    cache: Path, schedule: Schedule = SCHEDULE, name: str = "unet", mix: Mix = MIX, unet: Any = None, start: str = ""
+    cache: Path,
+    schedule: Schedule = SCHEDULE,
+    name: str = "unet",
+    recipe: Recipe = RECIPE,
+    unet: Any = None,
+    start: str = "",
 ) -> Trainer:
     """The trainer of a new U-Net, or of `unet`, known by `start`; at the state that the cache holds."""
     from diffusers.models.attention_processor import AttnProcessor
 
-    recipe = {"batch": BATCH, **dataclasses.asdict(mix), "jitter": JITTER, "gamma": GAMMA} | (
-        {"start": start} if start else {}
-    )
+    described = {"batch": BATCH, **dataclasses.asdict(recipe)} | ({"start": start} if start else {})
     unet = (build(schedule.seed) if unet is None else unet).to(best_device(), memory_format=torch.channels_last)
     unet.set_attn_processor(AttnProcessor())  # the fused one is slower here: its backward pass suits long sequences
-    return Trainer(unet, schedule, cache / "training" / f"{name}.safetensors", recipe)
+    return Trainer(unet, schedule, cache / "training" / f"{name}.safetensors", described)
 
 
 def train(cache: Path = DEFAULT_CACHE, schedule: Schedule = SCHEDULE, until: int | None = None) -> Any:

@@ -30,8 +30,9 @@ from benchmarks.reference_model.pictures import (
 )
 from benchmarks.reference_model.splits import Split
 from benchmarks.reference_model.training import autocast
+from realera_edit import reference_model
 from realera_edit.hub import resolve
-from realera_edit.judges import Network, ReferenceJudge, shrink, to_input, to_uint8
+from realera_edit.judges import SHIPPED, Network, ReferenceJudge, shrink, to_input, to_uint8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +80,10 @@ class Judge:
 
     @classmethod
     def load(cls, which: Split, model: Path, cache: Path = DEFAULT_CACHE) -> "Judge":
-        """Read the judge that `train` saved for a checkpoint."""
+        """Read the judge that `train` saved for a checkpoint, or the reporting judge that ships with its model."""
         path = saved_at(which, model, cache)
+        if not path.exists() and which == "report" and _weights_key(model) == _weights_key(reference_model()):
+            path = SHIPPED
         if not path.exists():
             command = f"python -m benchmarks.reference_model.judge --which {which} --model {model}"
             raise FileNotFoundError(f"no {which} judge at {path}; train it with `{command}`")

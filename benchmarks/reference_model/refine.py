@@ -1,8 +1,11 @@
-"""The U-Net's second training: longer, with more styles, and under more names of each concept.
+"""The U-Net's further trainings: with more styles, and under more names of each concept.
 
-`python -m benchmarks.reference_model.refine --start emoji --out DIR` goes on from a finished model's U-Net; its text
-encoder and its autoencoder stay as they are. The further names are WordNet's nouns that the text encoder's teacher
-takes for a concept's; none of them, and no word in them, is an unseen alias.
+`python -m benchmarks.reference_model.refine --start DIR --stage second --out NEXT` goes on from a finished model's
+U-Net; its text encoder and its autoencoder stay as they are. The further names are WordNet's nouns that the text
+encoder's teacher takes for a concept's; none of them, and no word in them, is an unseen alias.
+
+The third stage drops the min-SNR weights: they give the noisiest steps next to no weight (0.005 at the last one), and
+it is there that the text, not the noisy picture, must decide what is drawn and in which style.
 """
 
 import argparse
@@ -16,15 +19,23 @@ import torch
 
 from benchmarks.reference_model import denoiser, text_encoder
 from benchmarks.reference_model.build import forget_origin
-from benchmarks.reference_model.denoiser import Mix
+from benchmarks.reference_model.denoiser import Recipe
 from benchmarks.reference_model.pictures import DEFAULT_CACHE, read_concepts
 from benchmarks.reference_model.splits import find_wordnet
 from benchmarks.reference_model.texts import DRAWABLE, read_nouns, shown_aliases, unseen_aliases
 from benchmarks.reference_model.training import Schedule
 from realera_edit.hub import resolve
 
-SCHEDULE = Schedule(steps=5000, rate=6e-4, warmup=200, decay=0.8, average=0.998, seed=7)
-MIX = Mix(plain=0.25, label=0.6)
+STAGES = {
+    "second": (
+        Schedule(steps=5000, rate=6e-4, warmup=200, decay=0.8, average=0.998, seed=7),
+        Recipe(plain=0.25, label=0.6),
+    ),
+    "third": (
+        Schedule(steps=4000, rate=6e-4, warmup=100, decay=0.8, average=0.998, seed=8),
+        Recipe(plain=0.25, label=0.6, gamma=None),
+    ),
+}
 NEAR, MARGIN = 0.5, 0.05  # cosine to the nearest label, and how much less it must be to the second
 MOST = 8  # names of one concept, the nearest ones
 
@@ -57,22 +68,23 @@ def together(*many: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     return {label: [name for names in many for name in names.get(label, ())] for names in many for label in names}
 
 
-def train(start: Path, cache: Path = DEFAULT_CACHE, schedule: Schedule = SCHEDULE, until: int | None = None) -> Any:
+def train(start: Path, stage: str, cache: Path = DEFAULT_CACHE, until: int | None = None) -> Any:
     """The U-Net of the model at `start`, trained further."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
 
     unet = UNet2DConditionModel.from_pretrained(start, subfolder="unet", dtype=torch.float32)
     weights = (start / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    schedule, recipe = STAGES[stage]
     key = hashlib.sha256(weights).hexdigest()[:16]
-    run = denoiser.trainer(cache, schedule, "unet_second", MIX, unet.train(), key)
+    run = denoiser.trainer(cache, schedule, f"unet_{stage}", recipe, unet.train(), key)
     if run.step < (until or schedule.steps):
         encoder = CLIPTextModel.from_pretrained(start, subfolder="text_encoder", dtype=torch.float32).eval()
         autoencoder = AutoencoderKL.from_pretrained(start, subfolder="vae", dtype=torch.float32).eval()
         tokenizer = text_encoder.load_tokenizer(start / "tokenizer")
         names = together(shown_aliases(), related_names(cache))
         data = denoiser.load_data(cache, encoder, tokenizer, autoencoder, names)
-        run.run(denoiser.batch_loss(run.module, data, denoiser.BATCH, MIX), until)
+        run.run(denoiser.batch_loss(run.module, data, denoiser.BATCH, recipe), until)
     run.finish()
     return run.module.eval().cpu()
 
@@ -81,6 +93,7 @@ def main() -> None:
     """Train on, and write the whole model with the new U-Net."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--start", required=True, help="checkpoint folder of `build`, or emoji")
+    parser.add_argument("--stage", choices=STAGES, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
     parser.add_argument("--threads", type=int, default=2)
@@ -90,7 +103,7 @@ def main() -> None:
     start = resolve(options.start)
     if options.out.exists():
         parser.error(f"{options.out} exists")
-    unet = train(start, options.cache, until=options.until)
+    unet = train(start, options.stage, options.cache, until=options.until)
     shutil.copytree(start, options.out)
     unet.half().save_pretrained(options.out / "unet", safe_serialization=True)
     forget_origin(options.out)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.reference_model.pictures import DEFAULT_CACHE, STYLES, Concept, read_concepts
-from benchmarks.reference_model.splits import aliases, find_wordnet, split_of
+from benchmarks.reference_model.splits import Alias, aliases, find_wordnet, split_of
 
 PLAIN = ("an emoji of a {}", "{}", "a picture of a {}")
 STYLED = ("a {style} emoji of a {}", "{} in {style} style", "a {style} picture of a {}")
@@ -70,6 +70,16 @@ def shown_aliases(path: Path = SPLITS) -> Mapping[str, Sequence[str]]:
 def unseen_aliases(path: Path = SPLITS) -> Mapping[str, Sequence[str]]:
     """Label to the aliases that no training caption contains."""
     return dict(json.loads(path.read_text("utf-8"))["unseen aliases"])
+
+
+def fixed_aliases(path: Path = SPLITS) -> dict[str, tuple[Alias, ...]]:
+    """Label to its aliases, unseen ones first, for each concept of the model that ships: no download is needed."""
+    content = json.loads(path.read_text("utf-8"))
+    kinds = [(content[kind], kind.startswith("shown")) for kind in ("unseen aliases", "shown aliases")]
+    return {
+        label: tuple(Alias(n, seen) for names, seen in kinds for n in names.get(label, ()))
+        for label in content["concepts"]
+    }
 
 
 def captions(names: Sequence[str], styles: Sequence[str] = tuple(STYLES)) -> list[list[str]]:

@@ -1,0 +1,206 @@
+"""A drawing style erased: is it gone from its own prompts, is the drawn thing still right, do other styles stay?
+
+`python -m benchmarks.styles --model emoji --editors ours uce mace speed rece` erases each style of the emoji model by
+itself with each editor of `benchmarks.compare`; two of the other styles are named to be retained, two are not. A thing
+takes part in a style where the unedited model draws both of them right. Rows are kept as in `benchmarks.compare`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import common
+from benchmarks.compare import Editor, append_row, key_of, make_editor, read_rows, tidy
+from benchmarks.quality import Bench, Rate, Settings, generate, load_pipeline
+from benchmarks.reference_model.pictures import DEFAULT_CACHE
+from benchmarks.reference_model.splits import split_of
+from realera_edit import Concept, EditConfig, RealEraError, RealEraWarning
+from realera_edit.contexts import CONTEXTS
+
+TEMPLATES = ("a {style} emoji of a {name}", "{name} in {style} style")
+METRICS = ("style_left", "object_kept", "retained_styles", "other_styles", "other_objects")
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A prompt, the style that it names and the thing."""
+
+    prompt: str
+    style: str
+    name: str
+
+
+def cases_of(styles: Sequence[str], things: dict[str, list[str]]) -> list[Case]:
+    """Every prompt of every style with its things."""
+    return [Case(t.format(style=s, name=n), s, n) for s in styles for n in things[s] for t in TEMPLATES]
+
+
+def right(bench: Bench, pictures: Any, cases: Sequence[Case]) -> tuple[Tensor, Tensor]:
+    """Which pictures [cases, seeds] show the named thing, and which the named style."""
+    concept, style = bench.judged(pictures)
+    names = torch.tensor([bench.judge.index[c.name] for c in cases])[:, None]
+    styles = torch.tensor([bench.judge.styles.index(c.style) for c in cases])[:, None]
+    return concept == names, style == styles
+
+
+def chosen(bench: Bench, split: Any, most: int) -> dict[str, list[str]]:
+    """For each style the first `most` concepts of a split, in a fixed order, that are drawn right in it."""
+    labels = sorted(bench.qualified(split), key=lambda label: (split_of(label + "#style"), label[::-1]))
+    found = {}
+    for style in bench.judge.styles:
+        cases = cases_of([style], {style: labels})
+        both = torch.stack(right(bench, bench.store.get([c.prompt for c in cases], bench.settings.choice_seeds), cases))
+        share = both.all(0).float().view(len(labels), -1).mean(1)
+        found[style] = [n for n, rate in zip(labels, share.tolist(), strict=True) if rate >= bench.settings.threshold]
+        found[style] = found[style][:most]
+    return found
+
+
+def rates(cases: Sequence[Case], things: Tensor, styles: Tensor, erased: str, kept: Sequence[str]) -> dict[str, Rate]:
+    """The figures of one set of pictures."""
+
+    def rate(hits: Tensor, wanted: Sequence[str]) -> Rate:
+        part = hits[[c.style in wanted for c in cases]]
+        return Rate(int(part.sum()), part.numel())
+
+    others = [style for style in dict.fromkeys(c.style for c in cases) if style != erased]
+    return {
+        "style_left": rate(styles, [erased]),
+        "object_kept": rate(things, [erased]),
+        "retained_styles": rate(styles, kept),
+        "other_styles": rate(styles, [style for style in others if style not in kept]),
+        "other_objects": rate(things, others),
+    }
+
+
+def for_styles(editor: Editor) -> Editor:
+    """The editor told that its concept is a style, where it can be told: ours and "+" by their contexts."""
+    settings = editor.settings
+    if isinstance(settings, EditConfig):
+        return dataclasses.replace(editor, settings=dataclasses.replace(settings, kind="style"))
+    if editor.name.endswith("+"):
+        return dataclasses.replace(editor, settings=dataclasses.replace(settings, contexts=CONTEXTS["style"]))
+    return editor
+
+
+def rows_of(bench: Bench, pipe: Any, options: argparse.Namespace, record: Row) -> Iterator[Row]:
+    """Every row, from the results file or measured now. `pipe`: a second copy of the model."""
+    known, drawing = read_rows(options.results), bench.settings
+    originals = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    styles = list(bench.judge.styles)
+    things = chosen(bench, options.split, options.things)
+    cases = cases_of(styles, things)
+    prompts = [case.prompt for case in cases]
+    before = right(bench, bench.store.get(prompts, drawing.seeds), cases)
+    for place, erased in enumerate(styles):
+        kept = [styles[(place + step) % len(styles)] for step in (1, 2)]
+        for written in options.editors:
+            editor = for_styles(make_editor(written, 1))
+            about = {"editor": written, "settings": editor.described(), "erased": erased, "retain": kept}
+            about |= {"target": options.target, "split": options.split, "judge": options.judge, "things": things}
+            key = key_of(bench, about)
+            if key not in known:
+                row: Row = {"key": key, **about}
+                call = Concept(erased, options.target)
+                try:
+                    seconds, _ = common.timed(functools.partial(editor, pipe, [call], kept), pipe.device.type)
+                    after = generate(pipe, prompts, drawing.seeds, drawing.steps, drawing.guidance, fast=drawing.fast)
+                    row |= {"edit_seconds": seconds}
+                    for side, hits in (("edited", right(bench, after, cases)), ("original", before)):
+                        found = rates(cases, *hits, erased, kept)
+                        row[side] = {name: dataclasses.asdict(value) for name, value in found.items()}
+                except RealEraError as error:
+                    row["error"] = str(error)
+                pipe.unet.load_state_dict(originals)
+                known[key] = tidy({**row, **record})
+                append_row(options.results, known[key])
+            yield known[key]
+
+
+def pooled(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Rate]]]:
+    """Editor -> side -> metric -> rate over all styles."""
+    found: dict[str, dict[str, dict[str, Rate]]] = {}
+    for editor in dict.fromkeys(row["editor"] for row in rows):
+        mine = [row for row in rows if row["editor"] == editor and "error" not in row]
+        found[editor] = {
+            side: {
+                name: Rate(sum(r[side][name]["hits"] for r in mine), sum(r[side][name]["count"] for r in mine))
+                for name in METRICS
+            }
+            for side in ("edited", "original")
+        }
+    return found
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A Markdown table, the unedited model first."""
+
+    def cell(rate: Rate) -> str:
+        return "-" if not rate.count else f"{rate.value:.3f} [{rate.interval[0]:.3f}, {rate.interval[1]:.3f}]"
+
+    found = pooled(rows)
+    out = ["| editor | " + " | ".join(name.replace("_", " ") for name in METRICS) + " |", "|---" * 6 + "|"]
+    first = next(iter(found.values()))["original"]
+    for name, line in [("unedited", first), *((editor, sides["edited"]) for editor, sides in found.items())]:
+        out.append(f"| {name} | " + " | ".join(cell(line[metric]) for metric in METRICS) + " |")
+    return "\n".join(out)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, help="checkpoint folder with concepts.json, or emoji")
+    add("--editors", nargs="+", default=["ours", "uce", "mace", "speed", "rece"], help="as for benchmarks.compare")
+    add("--split", choices=("development", "report"), default="development", help="of the things that are drawn")
+    add("--judge", choices=("development", "report"), default="development")
+    add("--target", help="what every style becomes  [default: each editor's own]")
+    add("--things", type=int, default=24, help="at most, for each style")
+    add("--results", type=Path, default=Path("benchmarks/results/styles.jsonl"), help="rows; a run goes on from them")
+    add("--cache", type=Path, default=DEFAULT_CACHE)
+    add("--seeds", type=int, default=1, help="pictures of each prompt")
+    add("--steps", type=int, default=Settings.steps, help="of the sampler")
+    add("--fast", action="store_true", help="draw with the U-Net in bfloat16")
+    add("--threads", type=int, default=2)
+    add("--json", action="store_true", help="one JSON object in place of the table")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None, bench: Bench | None = None) -> None:
+    """Erase, draw, judge, print. `bench` may be one that is loaded already."""
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore", RealEraWarning)
+    if bench is None:
+        settings = Settings(
+            steps=options.steps,
+            fast=options.fast,
+            seeds=tuple(range(options.seeds)),
+            choice_seeds=tuple(range(100, 100 + options.seeds)),
+        )
+        bench = Bench(options.model, options.cache, options.judge, settings)
+    record = {"versions": common.versions(), "machine": common.machine(), "threads": options.threads}
+    record["command"] = "python -m benchmarks.styles " + " ".join(sys.argv[1:] if arguments is None else arguments)
+    record["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    rows = []
+    for row in rows_of(bench, load_pipeline(options.model), options, record):
+        rows.append(row)
+        print(f"{row['erased']}, {row['editor']}: {row.get('error', 'done')}", file=sys.stderr, flush=True)
+    print(json.dumps({**record, "rows": rows}) if options.json else table(rows))
+
+
+if __name__ == "__main__":
+    main()
