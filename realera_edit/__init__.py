@@ -31,6 +31,7 @@ _HOMES = {
     "EvaluationConfig": "evaluation_config",
     "export_lora": "lora",
     "invert": "inversion",
+    "invert_model": "inversion_run",
     "wrap_text_encoder": "wrap",
     "inspect_path": "provenance",
     "model_card": "card",
@@ -62,6 +63,7 @@ __all__ = [
     "export_lora",
     "inspect_path",
     "invert",
+    "invert_model",
     "load_concepts",
     "model_card",
     "push_to_hub",
@@ -83,6 +85,7 @@ if TYPE_CHECKING:
     from .evaluation import Evaluation, evaluate
     from .evaluation_config import EvaluationConfig
     from .inversion import invert
+    from .inversion_run import invert_model
     from .lora import export_lora
     from .provenance import inspect_path, undo_folder
     from .push import push_to_hub

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from .cli_common import Command, print_result
+from .cli_common import Command, bar, print_result
+from .evaluation_config import EvaluationConfig, parse_numbers
+
+RESULT = "attack.json"
+_INVERSION = ("judge", "preserve", "start", "seeds", "steps", "guidance", "out")
 
 
 @click.command(cls=Command)
@@ -43,26 +49,78 @@ from .cli_common import Command, print_result
     type=click.Path(path_type=Path),
     help="Folder with CLIP's vocab.json and merges.txt, for a single file.  [default: the local hub cache]",
 )
-@click.option("--device", help="Where the text encoder runs.  [default: cuda where there is one, else cpu]")
-@click.option("--variant", help="Weights of the text encoder to read, such as fp16.")
+@click.option(
+    "--inversion",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="STEPS",
+    help="Also learn a word in so many gradient steps and draw it; 200 tell, 1000 and more are an attacker's. "
+    "The options below are for it.",
+)
+@click.option(
+    "--judge",
+    help="Who says what a picture shows, as in `evaluate`.  [default: nobody; the denoising error alone]",
+)
+@click.option("--preserve", multiple=True, help="Another label for a judge that is told its labels; repeatable.")
+@click.option("--start", default="object", show_default=True, help="Word of one token to begin from.")
+@click.option("--seeds", default="0-3", show_default=True, help="Such as 0-3 or 1,5,7; of each prompt.")
+@click.option("--steps", type=click.IntRange(min=1), default=EvaluationConfig.steps, show_default=True, help="To draw.")
+@click.option(
+    "--guidance", type=click.FloatRange(min=0), default=EvaluationConfig.guidance, show_default=True, help="To draw."
+)
+@click.option(
+    "--out",
+    "-o",
+    type=click.Path(path_type=Path),
+    help="Folder for learned words, pictures and the report; a broken run goes on there.  [default: none is kept]",
+)
+@click.option("--device", help="Where to run.  [default: cuda where there is one, else cpu]")
+@click.option("--variant", help="Weights to read, such as fp16.")
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
-def attack(model: str, names: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def attack(model: str, names: tuple[str, ...], inversion: int, as_json: bool, **options: Any) -> None:
     """Look for embeddings and words that bring each CONCEPT back in an edited copy of MODEL, in closed form.
 
-    Draws nothing, changes nothing. 0 % is no gain over the erased prompt, 100 % is the concept as the original model
-    reads it. The edit need not be one of realera-edit: the weights of the two models are compared.
+    Changes nothing. 0 % is no gain over the erased prompt, 100 % is the concept as the original model reads it. The
+    edit need not be one of realera-edit: the weights of the two models are compared. Nothing is drawn unless
+    --inversion asks for the strongest attack, textual inversion: how often the judge sees the concept in what the
+    learned word draws, beside the same attack on MODEL itself and, as a control, on pictures that no prompt draws.
 
     \b
     realera-edit attack ./sd15 --edited ./no-van-gogh "Van Gogh"
     realera-edit attack ./sd15 --edited ./no-van-gogh "Van Gogh" --budget 0.2 --words 10000 --json
+    realera-edit attack emoji --edited ./no-cat "cat face" --inversion 200 --judge reference -o ./attacked
     """
+    own = {name: options.pop(name) for name in _INVERSION}
+    seeds, out = parse_numbers(own.pop("seeds")), own["out"]
+    if out is not None and not inversion:
+        raise click.UsageError("--out is for --inversion")
     from .attack_run import attack_model
 
     reports = attack_model(model, concepts=names, progress=not as_json, **options)
-    print_result(
-        {"concepts": [report.to_dict() for report in reports]},
-        "\n\n".join(report.report() for report in reports),
-        as_json,
-        False,
-    )
+    found = [report.to_dict() for report in reports]
+    texts = [report.report() for report in reports]
+    if inversion:
+        from .generate import Drawing
+        from .inversion_run import invert_model
+
+        learned = invert_model(
+            model,
+            options["edited"],
+            names,
+            steps=inversion,
+            seeds=seeds,
+            drawing=Drawing(own.pop("steps"), own.pop("guidance")),
+            progress=bar() if not as_json and sys.stderr.isatty() else None,
+            **own,
+            **{name: options[name] for name in ("device", "variant", "revision")},
+        )
+        found = [{**one, "inversion": report.to_dict()} for one, report in zip(found, learned, strict=True)]
+        texts = [f"{text}\n{report.report()}" for text, report in zip(texts, learned, strict=True)]
+    data = {"concepts": found}
+    if out is not None:
+        from .evaluation_file import replaced
+
+        replaced(out / RESULT, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())
+    print_result(data, "\n\n".join(texts), as_json, False)

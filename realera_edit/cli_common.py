@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -103,6 +104,20 @@ def check_metadata(out: Path | None, metadata: Mapping[str, str]) -> None:
     """Only a single file has metadata to give: told before the work, not after it."""
     if metadata and (out is None or out.suffix != ".safetensors"):
         raise ConfigError("--metadata goes into the header of a single file, and no such output is asked for")
+
+
+def bar() -> Callable[[str, int, int], None]:
+    """Progress (label, done, total) on stderr, one bar after another."""
+    bars: list[Any] = []
+
+    def show(label: str, done: int, total: int) -> None:
+        if not bars:
+            bars.append(click.progressbar(length=total, label=label, file=sys.stderr).__enter__())
+        bars[0].update(done - bars[0].pos)
+        if done >= total:
+            bars.pop().__exit__(None, None, None)
+
+    return show
 
 
 def print_result(data: dict[str, Any], text: str, as_json: bool, quiet: bool) -> None:

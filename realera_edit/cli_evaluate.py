@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 
-from .cli_common import DTYPES, Command, F, print_result
-from .evaluation_config import EvaluationConfig, parse_seeds
+from .cli_common import DTYPES, Command, F, bar, print_result
+from .evaluation_config import EvaluationConfig, parse_numbers
 
 
 def _config_options(command: F) -> F:
@@ -50,6 +49,12 @@ def _config_options(command: F) -> F:
 @click.option(
     "--template", "templates", multiple=True, help="Prompt with one {} or {a} for a name.  [default: judge's]"
 )
+@click.option(
+    "--curve",
+    default="",
+    help="Numbers such as 1,5,10: also erase the first so many concepts of EDITED's record alone, by its recipe, and "
+    "chart the figures over their number.",
+)
 @click.option("--seeds", default="0-3", show_default=True, help="Such as 0-3 or 1,5,7; of each prompt.")
 @_config_options
 @click.option("--device", help="Where to draw.  [default: cuda where there is one, else cpu]")
@@ -72,8 +77,8 @@ def evaluate(original: str, edited: str, out: Path, as_json: bool, quiet: bool, 
     if options["given"] and len(options["concepts"]) != 1:
         raise click.UsageError("--alias goes with exactly one --concept")
     names = [spec.name for spec in fields(EvaluationConfig) if spec.metadata]
-    config = EvaluationConfig(seeds=parse_seeds(options.pop("seeds")), **{name: options.pop(name) for name in names})
-    aliases, dtype = options.pop("given"), options.pop("dtype")
+    config = EvaluationConfig(seeds=parse_numbers(options.pop("seeds")), **{name: options.pop(name) for name in names})
+    aliases, dtype, curve = (options.pop(name) for name in ("given", "dtype", "curve"))
     import torch
 
     from .evaluation import evaluate as measure
@@ -85,9 +90,10 @@ def evaluate(original: str, edited: str, out: Path, as_json: bool, quiet: bool, 
         out=out,
         aliases=dict.fromkeys(options["concepts"], aliases),
         config=config,
+        curve=parse_numbers(curve, "curve") if curve else (),
         dtype=getattr(torch, dtype) if dtype else None,
         command=_command(),
-        progress=None if quiet or as_json or not sys.stderr.isatty() else _bar(),
+        progress=None if quiet or as_json or not sys.stderr.isatty() else bar(),
         **options,
     )
     if Team.of_environment().rank:
@@ -102,17 +108,3 @@ def evaluate(original: str, edited: str, out: Path, as_json: bool, quiet: bool, 
 def _command() -> str:
     """The command line as it was given, to be run again."""
     return shlex.join(["realera-edit", *sys.argv[1:]])
-
-
-def _bar() -> Callable[[str, int, int], None]:
-    """Progress on stderr, one bar for each list of pictures."""
-    bars: list[Any] = []
-
-    def show(label: str, done: int, total: int) -> None:
-        if not bars:
-            bars.append(click.progressbar(length=total, label=label, file=sys.stderr).__enter__())
-        bars[0].update(done - bars[0].pos)
-        if done >= total:
-            bars.pop().__exit__(None, None, None)
-
-    return show

@@ -15,7 +15,8 @@ import torch
 from .contexts import fill
 from .errors import ConceptError, ConfigError, RealEraWarning
 from .evaluation_config import EvaluationConfig
-from .evaluation_map import similarity_of, text_space
+from .evaluation_curve import check_counts, check_recipe, curves_of, erase_first
+from .evaluation_map import similarity_of, text_space, weights_of
 from .evaluation_plan import (
     KINDS,
     STYLED,
@@ -50,6 +51,7 @@ def evaluate(
     preserve: Sequence[str] = (),
     prompts: str | Path | None = None,
     templates: Sequence[str] = (),
+    curve: Sequence[int] = (),
     config: EvaluationConfig | None = None,
     device: str | None = None,
     dtype: torch.dtype | None = None,
@@ -64,7 +66,8 @@ def evaluate(
     in `edited`. `out`: folder for the pictures, with which a broken run goes on; `Evaluation.save` writes the record
     there. `judge`: a `Judge`, or a text as in `judges.SPECS`. `aliases`: concept -> other names. `preserve`: names that
     must stay, beside those of the model's concepts.json. `prompts`: a CSV file (`read_prompts`) whose kinds are taken
-    from it and not chosen. `templates`: prompts with "{}" or "{a}" for a name. Under `accelerate launch` the processes
+    from it and not chosen. `templates`: prompts with "{}" or "{a}" for a name. `curve`: numbers of concepts; the first
+    so many of the record are also erased alone, by its recipe, and measured. Under `accelerate launch` the processes
     share the drawing, and all return. Raises a `RealEraError`; warns where the unedited model falls short.
     """
     start, config, out = time.perf_counter(), config or EvaluationConfig(), Path(out)
@@ -74,6 +77,7 @@ def evaluate(
     options = {"device": device or team.device, "dtype": dtype, "variant": variant, "revision": revision}
     own = read_prompts(Path(prompts)) if prompts is not None else ()
     record = _record(edited)
+    check_counts(record, curve)
     given = _erased(concepts, own, record, _record(original), aliases or {})
     known = _known(original, record, preserve)
     names = [name for one in given for name in (one.label,)] + [k.label for k in known] + [case.truth for case in own]
@@ -83,6 +87,8 @@ def evaluate(
     run = _Run(found, config, team, progress)
     before = run.model("original", original, out, options)
     source = LoadedPipeline(before.pipe)
+    if curve and record is not None:
+        check_recipe(before.pipe, record, weights_of(edited, source))
     templates = tuple(templates) or tuple(getattr(found, "templates", TEMPLATES))
     _check_templates(templates)
     kinds = "".join(kind for kind in KINDS if kind not in {case.kind for case in own})
@@ -101,10 +107,14 @@ def evaluate(
     space = {}
     if team.rank == 0:
         space = text_space(source, edited, _roles(planner, given, record), [one.name for one in erased], record)
+    whole = Judged(cases, config.seeds, found, before.folder, before.folder, first, first)
+    points = _shorter(whole, before, record, curve, subjects, out) if record is not None and curve else {}
     del source, planner, before.pipe  # one model in memory at a time
     after = run.model("edited", edited, out, options)
     second = after.ask([case.prompt for case in cases], config.seeds)
-    judged = Judged(cases, config.seeds, found, before.folder, after.folder, first, second)
+    judged = replace(whole, after=after.folder, edited=second)
+    if record is not None and len(record["concepts"]) in curve:
+        points[len(record["concepts"])] = judged
     settings = {
         **config.to_dict(),
         "templates": list(templates),
@@ -120,6 +130,7 @@ def evaluate(
             "erased": [one.name for one in given],
             "recipe": record,
             "settings": settings,
+            "curves": curves_of(points) if points else None,
             **space,
             "command": command,
             "seconds": time.perf_counter() - start,
@@ -170,6 +181,32 @@ class _Run:
         pipe = open_pipeline(model, **options) if isinstance(model, (str, Path)) else model
         drawing = Drawing(self.config.steps, self.config.guidance)
         return _Model(name, pipe, PictureFolder(out / "pictures" / name, fingerprint(pipe), drawing), self)
+
+
+def _shorter(
+    whole: Judged,
+    before: _Model,
+    record: Mapping[str, Any],
+    counts: Sequence[int],
+    subjects: Sequence[Erased],
+    out: Path,
+) -> dict[int, Judged]:
+    """Count -> the first so many concepts of the record erased alone, drawn and judged; the record's own is left out.
+
+    `whole`: every case as the unedited model draws it.
+    """
+    points = {}
+    for count in sorted({count for count in counts if count < len(record["concepts"])}):
+        names = {same(row["name"]) for row in record["concepts"][:count]}
+        part = whole.of({one.label for one in subjects if same(one.name) in names})
+        result = erase_first(before.pipe, record, count)
+        try:
+            after = before.run.model(f"first-{count}", before.pipe, out, {})
+            found = after.ask([case.prompt for case in part.cases], part.seeds)
+        finally:
+            result.undo()
+        points[count] = replace(part, after=after.folder, edited=found)
+    return points
 
 
 def _name_of(model: Any) -> str:

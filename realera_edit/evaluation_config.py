@@ -52,13 +52,13 @@ class EvaluationConfig:
         return {**asdict(self), "seeds": list(self.seeds), "choice_seeds": list(self.choice_seeds)}
 
 
-def parse_seeds(text: str) -> tuple[int, ...]:
-    """Seeds from "0-3" or "0,2,10-12". Raises `ConfigError`."""
+def parse_numbers(text: str, what: str = "seeds") -> tuple[int, ...]:
+    """Whole numbers from "0-3" or "0,2,10-12". Raises `ConfigError`, naming `what` they are."""
     found: list[int] = []
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
         try:
             found += range(int(first), int(last or first) + 1)
         except ValueError:
-            raise ConfigError(f"seeds {text!r}: write a range such as 0-3, or numbers with commas") from None
+            raise ConfigError(f"{what} {text!r}: write a range such as 0-3, or numbers with commas") from None
     return tuple(found)

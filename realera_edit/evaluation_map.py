@@ -14,22 +14,18 @@ from torch import Tensor
 from .attack import AttackReport
 from .attack_run import attack_model
 from .checkpoint import encoder_widths, open_checkpoint
-from .compute import compute_edit
-from .concepts import Concept, resolve_concepts
-from .config import EditConfig
 from .embeddings import PromptEncoder
 from .errors import RealEraError, RealEraWarning
+from .evaluation_curve import config_of, solved_again
 from .evaluation_plan import Similarity, same
 from .geometry import SHOWN_WORDS, measure
 from .hub import resolve
-from .layers import Layers, compare, metric
+from .layers import Layers, compare
 from .pipeline import LoadedPipeline
 from .report import plain
 from .vocabulary import load_prior, similarity, whole_words
 
 WORDS, NEAREST, PADDING = 2000, 40, 2
-# A residual that is computed anew agrees with the record's four digits, and with half precision's.
-_AGREES = 0.01
 
 
 def end_states(encoder: PromptEncoder, names: Sequence[str]) -> Tensor:
@@ -74,7 +70,7 @@ def text_space(
     """
     found: dict[str, Any] = {"neighbourhood": [], "moved": [], "geometry": None, "attack": None}
     try:
-        layers = compare(source, _weights_of(edited, source))
+        layers = compare(source, weights_of(edited, source))
         found["neighbourhood"], found["moved"] = _map(source.encoder, layers, roles)
         found["attack"] = attack_curves(attack_model(source.pipe, edited, names)) if names else None
         found["geometry"] = None if record is None else _geometry(source, record)
@@ -97,7 +93,7 @@ def attack_curves(reports: Sequence[AttackReport]) -> list[dict[str, Any]]:
     return curves
 
 
-def _weights_of(edited: Any, source: LoadedPipeline) -> Any:
+def weights_of(edited: Any, source: LoadedPipeline) -> Any:
     """The edited model for its weights alone."""
     if not isinstance(edited, (str, Path)):
         return LoadedPipeline(edited)
@@ -150,20 +146,10 @@ def _plane(states: Tensor) -> Tensor:
 def _geometry(source: LoadedPipeline, record: Mapping[str, Any]) -> dict[str, Any] | None:
     """The geometry report of the edit of a record, which is solved anew from its recipe: seconds, no picture.
 
-    None, with a warning, where that gives other residuals: a prior of the user's own is not in the record.
+    None, with a warning, where that gives another edit.
     """
-    config = EditConfig(**{**record["config"], "contexts": tuple(record["config"]["contexts"])})
-    concepts = [
-        Concept(row["name"], row["target"], tuple(row["aliases"]), row["strength"], row["kind"])
-        for row in record["concepts"]
-    ]
-    preserve = record["preserve"]
-    wanted = resolve_concepts(concepts, preserve=preserve)
-    layers = metric(source, config.edit) if config.robust else None
-    edit = compute_edit(source.encoder, wanted, config, preserve, (), layers)
-    told = {name: value for row in record["concepts"] for name, value in row["residual"].items()}
-    own = {g.name: float(r) for g, r in zip(edit.groups, edit.residual, strict=True) if g.role != "word"}
-    if told.keys() != own.keys() or any(abs(told[name] - own[name]) > _AGREES for name in told):
+    edit = solved_again(source, record)
+    if edit is None:
         warnings.warn(
             "the geometry is left out: the record's recipe does not give the edit again on this model, as after an "
             "edit with --prior-file, or of another model",
@@ -171,4 +157,4 @@ def _geometry(source: LoadedPipeline, record: Mapping[str, Any]) -> dict[str, An
             stacklevel=4,
         )
         return None
-    return measure(edit, config).to_dict()
+    return measure(edit, config_of(record)).to_dict()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
@@ -52,6 +52,14 @@ class Judged:
         """Whether each picture shows its case's truth: booleans [cases, seeds]."""
         truth = np.array([self.judge.labels.index(case.truth) for case in self.cases], np.int64)
         return np.asarray(verdicts.concept.reshape(len(self.cases), -1) == truth[:, None])
+
+    def of(self, owners: Collection[str]) -> Judged:
+        """The cases of these erased concepts alone, with those of all."""
+        places = [i for i, case in enumerate(self.cases) if case.owner == "" or case.owner in owners]
+        count = len(self.seeds)
+        rows = [i * count + j for i in places for j in range(count)]
+        original, edited = (verdicts.rows(rows) for verdicts in (self.original, self.edited))
+        return replace(self, cases=[self.cases[i] for i in places], original=original, edited=edited)
 
     def rows(self, kind: str, owner: str | None = None) -> list[int]:
         """Places of the cases of a kind, and of one erased concept if given (those of all are of each)."""
@@ -122,13 +130,20 @@ class Evaluation:
         return path
 
 
-def build(judged: Judged, out: Path, about: Mapping[str, Any], preserved: set[str]) -> Evaluation:
-    """Compute everything. `about`: the parts of the record that no picture tells; `preserved`: held by the edit."""
-    right = {"edited": judged.right(judged.edited), "original": judged.right(judged.original)}
-    rates = _rates(judged, right, preserved)
+def summary(
+    judged: Judged, preserved: set[str]
+) -> tuple[dict[str, tuple[Rate, Rate]], list[dict[str, Any]], dict[str, Mean]]:
+    """Rates (edited, original), each erased concept's figures, and their harmonic means."""
+    right = _right(judged)
     owners = dict.fromkeys(case.owner for case in judged.cases if case.kind == "e")
     concepts = [_concept(judged, right, owner) for owner in owners]
     harmonic = {name: Mean.of(row[name] for row in concepts) for name in ("H_4", "H_o", "H_c")}
+    return _rates(judged, right, preserved), concepts, harmonic
+
+
+def build(judged: Judged, out: Path, about: Mapping[str, Any], preserved: set[str]) -> Evaluation:
+    """Compute everything. `about`: the parts of the record that no picture tells; `preserved`: held by the edit."""
+    rates, concepts, harmonic = summary(judged, preserved)
     distances = _distances(judged)
     recipe = about.get("recipe")
     data = plain(
@@ -140,13 +155,16 @@ def build(judged: Judged, out: Path, about: Mapping[str, Any], preserved: set[st
             "harmonic": {name: vars(mean) for name, mean in harmonic.items()},
             "distances": distances,
             "concepts": concepts,
-            "prompts": _prompts(judged, right, out),
-            "curves": None,
+            "prompts": _prompts(judged, _right(judged), out),
             "versions": versions(),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
     )
     return Evaluation(rates, harmonic, distances, {**data, "recipe": recipe})
+
+
+def _right(judged: Judged) -> dict[str, np.ndarray]:
+    return {"edited": judged.right(judged.edited), "original": judged.right(judged.original)}
 
 
 def _rate(right: np.ndarray, rows: Sequence[int]) -> Rate:

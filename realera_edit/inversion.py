@@ -9,6 +9,7 @@ vocabulary is no word that an edit has seen. Whether it draws the concept again 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError, ConfigError, EncodingError
+from .files import write_atomically
 
 TEMPLATES = ("{}", "a picture of a {}", "a drawing of a {}", "an icon of a {}")
 # Noise levels that are drawn: what a picture shows is decided early, its last details say nothing about a concept.
@@ -34,11 +36,31 @@ class Inversion:
     losses: tuple[float, ...]
 
     def save(self, path: str | Path, token: str = "<erased>") -> Path:
-        """Write it as `pipe.load_textual_inversion(path)` reads it; the prompt then says `token`."""
-        from safetensors.torch import save_file
+        """Write it as `pipe.load_textual_inversion(path)` reads it; the prompt then says `token`. `CheckpointError`."""
+        from safetensors.torch import save
 
-        save_file({token: self.vector[None].contiguous()}, path)
-        return Path(path)
+        path = Path(path)
+        about = {"realera_edit_inversion": json.dumps({"start": self.start, "losses": self.losses})}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, save({token: self.vector[None].contiguous()}, about))
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be written: {error}") from error
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Inversion:
+        """Read what `save` wrote. Raises `CheckpointError`."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                about = json.loads(file.metadata()["realera_edit_inversion"])
+                (token,) = file.keys()
+                return cls(file.get_tensor(token)[0], str(about["start"]), tuple(map(float, about["losses"])))
+        except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
+            first = (str(error).strip().splitlines() or [""])[0]
+            raise CheckpointError(f"{path}: not a learned word of realera-edit: {first}") from error
 
 
 def invert(
@@ -85,6 +107,34 @@ def invert(
             if progress is not None:
                 progress(step, losses[-1])
     return Inversion(vector.detach(), start, tuple(losses))
+
+
+@torch.no_grad()
+def denoising_error(
+    pipe: Any, pictures: Tensor, prompts: Sequence[str], *, draws: int = 4, batch: int = 16, seed: int = 0
+) -> float:
+    """The denoiser's mean squared error on `pictures`, uint8 [n, H, W, 3], with `prompts` in turn.
+
+    Each picture is met at `draws` noise levels; levels and noise depend on `seed` alone, so two models or words are
+    compared on the same ones.
+    """
+    latents, ids = _latents(pipe, pictures).repeat(draws, 1, 1, 1), _ids(pipe, prompts)
+    generator, alphas = torch.Generator().manual_seed(seed), pipe.scheduler.alphas_cumprod.to(latents.device)
+    total = 0.0
+    for at in range(0, len(latents), batch):
+        clean = latents[at : at + batch]
+        states = pipe.text_encoder(ids)[0][torch.arange(at, at + len(clean)) % len(ids)]
+        total += len(clean) * float(_loss(pipe, states, clean, alphas, generator))
+    return total / len(latents)
+
+
+def turned(pictures: Tensor, *, back: bool = False) -> Tensor:
+    """Pictures [n, H, W, 3] upside down with their colours rotated (red as green, green as blue); `back` undoes it.
+
+    The control of an inversion: no prompt draws these, though they have every line and every grey of the concept. How
+    often a word learned from them draws them, turned back before they are judged, is what pictures alone can teach.
+    """
+    return pictures.flip(1).roll(-1 if back else 1, 3)
 
 
 @contextlib.contextmanager

@@ -38,6 +38,11 @@ class Verdicts:
     style: np.ndarray | None = None
     features: np.ndarray | None = None
 
+    def rows(self, places: Sequence[int]) -> Verdicts:
+        """The verdicts on the pictures at `places`."""
+        style, features = (None if part is None else part[places] for part in (self.style, self.features))
+        return Verdicts(self.concept[places], style, features)
+
 
 class Judge(Protocol):
     """Anything with names of what it tells apart that turns uint8 pictures [n, H, W, 3] into `Verdicts`.

@@ -18,7 +18,7 @@ from realera_edit import edit_model, generate
 from realera_edit.cli_evaluate import evaluate as command
 from realera_edit.errors import CheckpointError, ConceptError, ConfigError, RealEraWarning
 from realera_edit.evaluation import evaluate
-from realera_edit.evaluation_config import EvaluationConfig, parse_seeds
+from realera_edit.evaluation_config import EvaluationConfig, parse_numbers
 from realera_edit.evaluation_map import _plane
 from realera_edit.evaluation_plan import read_known
 from realera_edit.generate import Drawing, PictureFolder, draw, fingerprint, open_pipeline
@@ -308,9 +308,9 @@ def test_requests_at_fault(place: Path, judge: FunctionJudge, tmp_path: Path) ->
     for wrong in ({"far": -1}, {"threshold": 2.0}, {"seeds": ()}, {"seeds": (1, 1)}, {"seeds": (-1,)}):
         with pytest.raises(ConfigError, match=f"{next(iter(wrong))} = "):
             replace(CONFIG, **wrong)
-    assert parse_seeds("0-3, 7") == (0, 1, 2, 3, 7)
+    assert parse_numbers("0-3, 7") == (0, 1, 2, 3, 7)
     with pytest.raises(ConfigError, match="write a range such as 0-3"):
-        parse_seeds("a-b")
+        parse_numbers("a-b")
 
 
 # The command

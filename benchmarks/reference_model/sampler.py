@@ -97,8 +97,9 @@ def draw(
 ) -> np.ndarray:
     """As `generate`, of text states [n, length, width] in place of prompts: uint8 [n, seeds, H, W, 3]."""
     pairs = [(i, j) for i in range(len(states)) for j in range(len(seeds))]
-    for part in (pipe.unet, pipe.vae):
-        part.eval().to(memory_format=torch.channels_last)
+    with torch.inference_mode(False), torch.no_grad():  # the weights stay such that gradients pass through them
+        for part in (pipe.unet, pipe.vae):
+            part.eval().to(memory_format=torch.channels_last)
     empty = encode(pipe, [""])
     noise = torch.stack([initial_noise(pipe, seed) for seed in seeds]).to(states.device)
     drawn = []
