@@ -15,7 +15,7 @@ BIN := .venv/bin
 
 demo: .venv/.installed
 	$(BIN)/realera-edit erase $(MODEL) "cat face" --preserve "dog face" --output $(OUT)/no-cat --force
-	$(BIN)/python -m benchmarks.grid --model $(MODEL) --erase "cat face" --preserve "dog face" \
+	$(BIN)/python -m benchmarks.grid --model $(MODEL) --template "a noto emoji of a {}" --erase "cat face" --preserve "dog face" \
 		--rows "cat face: erased" "kitty: an alias" "dog face: preserved" "pizza: unrelated" "guitar: unrelated" \
 		--out $(OUT)/demo.png
 	@echo "Look at $(OUT)/demo.png: each row is a prompt, left the original model, right the edited one, same seeds."
