@@ -123,7 +123,7 @@ class EditResult:
 
         names = [name for name in file.entries if name in chosen]
         hashes = self.tensors.setdefault(group, {})
-        rewrite(file, target, header_metadata(self), edited_tensors(file, names, product, hashes))
+        rewrite(file, target, header_metadata(self), names, edited_tensors(file, names, product, hashes))
 
     def counts(self) -> dict[str, int]:
         """How many projections of each role were found and how many are edited."""

@@ -153,7 +153,7 @@ def undo_folder(path: str | Path, out: str | Path, *, force: bool = False, progr
         for relative, file in files.items():
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
             restored = ((name, stored.read(f"{relative}::{name}")) for name in originals[relative])
-            rewrite(file, folder / relative, undone_metadata(data), restored)
+            rewrite(file, folder / relative, undone_metadata(data), originals[relative], restored)
         if (before := record_before(data)) is not None:
             write_record(folder / RECORD, before)
     return out

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError
+from .files import BLOCK, copying
 
 _MAX_HEADER = 100 * 2**20
-_COPY_BYTES = 2**30
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -148,69 +147,52 @@ def to_bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """Copy the content of a file, inside the kernel (and by reference where the file system can)."""
-    if not source.is_file():
-        raise CheckpointError(f"{source}: not a regular file, or a broken link; remove or mend it")
-    try:
-        src = open(source, "rb")  # noqa: SIM115  # closed below; an error in reading is not one in writing
-    except OSError as error:
-        raise CheckpointError(f"{source}: cannot be read: {error.strerror}") from error
-    with src, open(target, "xb") as dst:
-        _copy_range(src.fileno(), dst.fileno(), os.fstat(src.fileno()).st_size)
-        dst.flush()
-
-
-def _copy_range(src: int, dst: int, count: int) -> None:
-    """Copy `count` bytes from the current position of `src` to that of `dst`."""
-    while count > 0:
-        done = 0
-        if hasattr(os, "copy_file_range"):
-            try:
-                done = os.copy_file_range(src, dst, min(count, _COPY_BYTES))
-            except OSError:  # across file systems on old kernels; a full disk shows again in write()
-                done = 0
-        if done == 0:
-            data = os.read(src, min(count, 2**22))
-            if not data:
-                raise OSError("the file ended while it was copied")
-            view = memoryview(data)
-            while view:
-                view = view[os.write(dst, view) :]
-            done = len(data)
-        count -= done
-
-
 def rewrite(
-    source: TensorFile, target: Path, metadata: Mapping[str, str], edited: Iterator[tuple[str, Tensor]]
+    source: TensorFile,
+    target: Path,
+    metadata: Mapping[str, str],
+    names: Collection[str],
+    edited: Iterator[tuple[str, Tensor]],
 ) -> None:
-    """Write `target` as `source` with some tensors replaced and `metadata` added.
+    """Write `target` as `source` with the tensors `names` replaced and `metadata` added.
 
-    Every other tensor is byte-identical, and so are the order of the keys and the layout of the data section.
-    `edited` yields (name, tensor of the stored dtype and shape).
+    Every other tensor is byte-identical, and so are the order of the keys and the layout of the data section. They are
+    copied in a thread of their own while `edited` yields (name, tensor of the stored dtype and shape) for each name.
     """
     header = {"__metadata__": {**source.metadata, **metadata}}
     header |= {name: value for name, value in source.raw.items() if name != "__metadata__"}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with open(target, "x+b") as dst:
+    # the data begins at the same place of a block, so that a file system which can shares blocks in place of copying
+    unit, place = (8, 0) if source.offset % 8 else (BLOCK, source.offset)
+    text += b" " * ((place - 8 - len(text)) % unit)
+    offset = 8 + len(text)
+    with open(target, "xb") as dst:
         dst.write(struct.pack("<Q", len(text)) + text)
         dst.flush()
-        with open(source.path, "rb") as src:
-            src.seek(source.offset)
-            total = os.fstat(src.fileno()).st_size - source.offset
-            os.lseek(src.fileno(), source.offset, os.SEEK_SET)
-            os.lseek(dst.fileno(), 8 + len(text), os.SEEK_SET)
-            _copy_range(src.fileno(), dst.fileno(), total)
-        for name, tensor in edited:
-            entry = source.entries[name]
-            if DTYPES.get(entry.dtype) != tensor.dtype or entry.shape != tuple(tensor.shape):
-                raise CheckpointError(
-                    f"{target}: {name} is {entry.dtype} {entry.shape}, not {tensor.dtype} {tuple(tensor.shape)}"
-                )
-            dst.seek(8 + len(text) + entry.start)
-            dst.write(to_bytes(tensor))
-        dst.flush()
+        left = set(names)
+        with copying(source.path, target, _runs(source, left), offset - source.offset):
+            for name, tensor in edited:
+                entry = source.entries[name]
+                if DTYPES.get(entry.dtype) != tensor.dtype or entry.shape != tuple(tensor.shape):
+                    raise CheckpointError(
+                        f"{target}: {name} is {entry.dtype} {entry.shape}, not {tensor.dtype} {tuple(tensor.shape)}"
+                    )
+                dst.seek(offset + entry.start)
+                dst.write(to_bytes(tensor))
+                left.remove(name)
+            dst.flush()
+        if left:
+            raise CheckpointError(f"{target}: {min(left)} was to be replaced, and nothing was given for it")
+
+
+def _runs(file: TensorFile, names: Collection[str]) -> list[tuple[int, int]]:
+    """The byte ranges of a file's data section, as places in the file, without those of the tensors `names`."""
+    runs, at = [], 0
+    for start, stop in sorted((file.entries[name].start, file.entries[name].stop) for name in names):
+        runs.append((at, start))
+        at = stop
+    runs.append((at, max((entry.stop for entry in file.entries.values()), default=0)))
+    return [(file.offset + start, file.offset + stop) for start, stop in runs if start < stop]
 
 
 def write_tensors(

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from .checkpoint import walk
 from .errors import CheckpointError, SolveError
-from .tensorfile import TensorFile, all_finite, copy_file, to_bytes
+from .files import copy_file
+from .tensorfile import TensorFile, all_finite, to_bytes
 
 if sys.platform != "win32":  # there, folders of killed runs are left for the user
     import fcntl
