@@ -9,12 +9,14 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 from .errors import CheckpointError
 
 # File systems share whole blocks of this size between files, where they can, in place of copying them.
 BLOCK = 4096
 _STEP = 2**26
+T = TypeVar("T")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -42,37 +44,48 @@ def copy_file(source: Path, target: Path) -> None:
     except OSError as error:  # an error in reading is not one in writing
         raise CheckpointError(f"{source}: cannot be read: {error.strerror}") from error
     target.touch(exist_ok=False)
-    _copy_runs(source, target, [(0, size)], 0, threading.Event())
+    copy_runs(source, target, [Run(0, size, 0)])
+
+
+class Run(NamedTuple):
+    """Bytes [start, stop) of one file, which go to place `at` of another."""
+
+    start: int
+    stop: int
+    at: int
 
 
 @contextlib.contextmanager
-def copying(source: Path, target: Path, runs: Sequence[tuple[int, int]], shift: int) -> Iterator[None]:
-    """Copy bytes [start, stop) of `source` to `shift` places later in `target`, while the block runs.
+def copying(source: Path, target: Path, runs: Sequence[Run]) -> Iterator[None]:
+    """`copy_runs` in a thread of its own while the block runs, which may write to other places of `target`.
 
-    All runs are there when the block has ended well. `target` exists; the block may write to other places of it. Where
-    `shift` is a multiple of `BLOCK`, the file system may share the blocks in place of copying them. Raises `OSError`.
+    All runs are there when the block has ended well; when it ends with an error, the copying stops. Raises `OSError`.
     """
     stopped = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         try:
-            copied = pool.submit(_copy_runs, source, target, runs, shift, stopped)
+            copied = pool.submit(copy_runs, source, target, runs, stopped)
             yield
             copied.result()
         finally:
             stopped.set()
 
 
-def _copy_runs(
-    source: Path, target: Path, runs: Sequence[tuple[int, int]], shift: int, stopped: threading.Event
-) -> None:
+def copy_runs(source: Path, target: Path, runs: Sequence[Run], stopped: threading.Event | None = None) -> None:
+    """Copy byte ranges of `source` to places of `target`, which exists, until `stopped`.
+
+    Where both ends of a run are the same number of bytes from a whole `BLOCK`, the file system may share blocks in
+    place of copying them. Raises `OSError`.
+    """
     with open(source, "rb", buffering=0) as src, open(target, "r+b", buffering=0) as dst:
-        for start, stop in runs:
-            at = start
-            while at < stop and not stopped.is_set():
-                step = BLOCK - at % BLOCK if at % BLOCK else _STEP  # only whole blocks can be shared
-                count = _copy_some(src.fileno(), dst.fileno(), at, at + shift, min(stop - at, step))
-                _write_back(dst.fileno(), at + shift, count)
-                at += count
+        for run in runs:
+            start = run.start
+            while start < run.stop and not (stopped and stopped.is_set()):
+                step = BLOCK - start % BLOCK if start % BLOCK else _STEP  # only whole blocks can be shared
+                at = run.at + start - run.start
+                count = _copy_some(src.fileno(), dst.fileno(), start, at, min(run.stop - start, step))
+                _write_back(dst.fileno(), at, count)
+                start += count
 
 
 def _copy_some(src: int, dst: int, start: int, at: int, count: int) -> int:
@@ -99,3 +112,13 @@ def _write_back(handle: int, start: int, count: int) -> None:
     if hasattr(os, "posix_fadvise"):
         with contextlib.suppress(OSError):  # advice, which not every file system takes
             os.posix_fadvise(handle, start, count, os.POSIX_FADV_DONTNEED)
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, each of which is made in a thread of its own while the one before it is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        last = object()
+        waiting = pool.submit(next, items, last)
+        while (item := waiting.result()) is not last:
+            waiting = pool.submit(next, items, last)
+            yield item  # type: ignore[misc]  # no item is `last`

@@ -23,6 +23,7 @@ from .checkpoint import ENCODER_CLASSES, chosen_weights, encoder_parts, read_jso
 from .embeddings import PromptEncoder
 from .errors import CheckpointError, ProjectionError, RealEraWarning
 from .file_encoders import config_fields, find_encoders, weight_reader, weight_shapes
+from .files import ahead
 from .tensorfile import TensorFile, open_tensors, to_bytes
 
 ROUNDINGS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -59,7 +60,7 @@ class EncoderSource:
         """SHA-256 over structure, names, shapes and the weights as rounded to `rounding`, in the order of the names."""
         dtype = ROUNDINGS[rounding]
         digest = hashlib.sha256(self.structure.encode())
-        for name, weight in self.weights():
+        for name, weight in ahead(self.weights()):
             digest.update(f"{name}{tuple(weight.shape)}".encode())
             digest.update(to_bytes(weight.to(dtype)))
         return digest.hexdigest()

@@ -16,7 +16,7 @@ from .checkpoint import UNDO_FILE
 from .compute import space_report
 from .errors import CheckpointError
 from .history import header_of, read_record, recipe_in, record_before, record_beside, sidecars, undone_metadata
-from .tensorfile import TensorFile, open_tensors, rewrite, write_tensors
+from .tensorfile import TensorFile, copy_tensors, open_tensors, rewrite
 from .writer import copy_rest, copy_size, digest, staged
 
 if TYPE_CHECKING:
@@ -98,13 +98,9 @@ def write_record(path: Path, data: Mapping[str, Any]) -> None:
 
 def write_undo(path: Path, root: Path, chosen: Mapping[str, Sequence[str]]) -> None:
     """Store the original bytes of every edited tensor, named "file::tensor"."""
-    tensors = {}
-    for relative, names in chosen.items():
-        file = open_tensors(root / relative)
-        for name in names:
-            entry = file.entries[name]
-            tensors[f"{relative}::{name}"] = (entry.dtype, entry.shape, lambda f=file, n=name: f.read_bytes(n))
-    write_tensors(path, tensors, {METADATA_KEY: json.dumps({"undo": True, "version": __version__})})
+    files = {relative: open_tensors(root / relative) for relative in chosen}
+    tensors = {f"{relative}::{name}": (files[relative], name) for relative, names in chosen.items() for name in names}
+    copy_tensors(path, tensors, {METADATA_KEY: json.dumps({"undo": True, "version": __version__})})
 
 
 def inspect_path(path: str | Path) -> dict[str, Any]:

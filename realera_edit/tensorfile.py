@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError
-from .files import BLOCK, copying
+from .files import BLOCK, Run, copy_runs, copying
 
 _MAX_HEADER = 100 * 2**20
 DTYPES = {
@@ -66,10 +67,10 @@ class TensorFile:
             )
         return tensor
 
-    def read_bytes(self, name: str) -> bytearray:
+    def read_bytes(self, name: str) -> memoryview:
         """The bytes of one tensor."""
         entry = self.entries[name]
-        data = bytearray(entry.stop - entry.start)
+        data = to_bytes(torch.empty(entry.stop - entry.start, dtype=torch.uint8))  # unlike a bytearray, not zeroed
         with open(self.path, "rb") as file:
             file.seek(self.offset + entry.start)
             if file.readinto(data) != len(data):
@@ -170,7 +171,7 @@ def rewrite(
         dst.write(struct.pack("<Q", len(text)) + text)
         dst.flush()
         left = set(names)
-        with copying(source.path, target, _runs(source, left), offset - source.offset):
+        with copying(source.path, target, _runs(source, left, offset)):
             for name, tensor in edited:
                 entry = source.entries[name]
                 if DTYPES.get(entry.dtype) != tensor.dtype or entry.shape != tuple(tensor.shape):
@@ -185,32 +186,52 @@ def rewrite(
             raise CheckpointError(f"{target}: {min(left)} was to be replaced, and nothing was given for it")
 
 
-def _runs(file: TensorFile, names: Collection[str]) -> list[tuple[int, int]]:
-    """The byte ranges of a file's data section, as places in the file, without those of the tensors `names`."""
+def _runs(file: TensorFile, names: Collection[str], offset: int) -> list[Run]:
+    """The data section of a file without the tensors `names`, to be copied to one that begins at `offset`."""
     runs, at = [], 0
     for start, stop in sorted((file.entries[name].start, file.entries[name].stop) for name in names):
         runs.append((at, start))
         at = stop
     runs.append((at, max((entry.stop for entry in file.entries.values()), default=0)))
-    return [(file.offset + start, file.offset + stop) for start, stop in runs if start < stop]
+    return [Run(file.offset + start, file.offset + stop, offset + start) for start, stop in runs if start < stop]
+
+
+def copy_tensors(path: Path, tensors: Mapping[str, tuple[TensorFile, str]], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file of tensors that other files hold, to the bit: name -> (file, name there)."""
+    entries = {name: file.entries[stored] for name, (file, stored) in tensors.items()}
+    lead, places = _lead(
+        {name: (one.dtype, one.shape, one.stop - one.start) for name, one in entries.items()}, metadata
+    )
+    with open(path, "xb") as target:
+        target.write(lead)
+    for name, (file, _) in tensors.items():
+        start, stop = (file.offset + end for end in (entries[name].start, entries[name].stop))
+        copy_runs(file.path, path, [Run(start, stop, len(lead) + places[name])])
 
 
 def write_tensors(
     path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], Callable[[], Any]]], metadata: Mapping[str, str]
 ) -> None:
     """Write a safetensors file tensor by tensor: name -> (dtype name, shape, a call that returns its bytes)."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    at = 0
-    for name, (dtype, shape, _) in tensors.items():
-        size = _SIZES[dtype]
-        for n in shape:
-            size *= n
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    sizes = {name: (dtype, shape, math.prod(shape) * _SIZES[dtype]) for name, (dtype, shape, _) in tensors.items()}
     with open(path, "xb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(_lead(sizes, metadata)[0])
         for _, _, call in tensors.values():
             file.write(call())
         file.flush()
+
+
+def _lead(
+    tensors: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """What a file of these tensors (dtype name, shape, bytes) begins with, and where each is in what follows."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    places: dict[str, int] = {}
+    at = 0
+    for name, (dtype, shape, size) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+        places[name] = at
+        at += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, places

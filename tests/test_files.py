@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from realera_edit import edit_model, files
 from realera_edit.errors import CheckpointError
-from realera_edit.files import BLOCK, copy_file, copying
+from realera_edit.files import BLOCK, Run, ahead, copy_file, copying
 from realera_edit.tensorfile import open_tensors, rewrite
 
 DATA = os.urandom(5 * BLOCK + 123)
@@ -49,7 +49,10 @@ def test_runs_are_copied_and_nothing_else(
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(DATA)
     target.write_bytes(b"h" * shift)
-    with copying(source, target, RUNS, shift), open(target, "r+b") as file:
+    with (
+        copying(source, target, [Run(start, stop, start + shift) for start, stop in RUNS]),
+        open(target, "r+b") as file,
+    ):
         file.seek(shift + 3 * BLOCK)
         file.write(b"mine")
     wanted = bytearray(len(DATA))
@@ -77,7 +80,7 @@ def test_what_goes_wrong_in_the_thread_is_raised(kernel: str, tmp_path: Path) ->
     (tmp_path / "target").touch()
     with (
         pytest.raises(OSError, match="the file ended while it was copied"),
-        copying(tmp_path / "source", tmp_path / "target", [(0, len(DATA) + 1)], 0),
+        copying(tmp_path / "source", tmp_path / "target", [Run(0, len(DATA) + 1, 0)]),
     ):
         pass
 
@@ -93,7 +96,7 @@ def test_an_interrupt_stops_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(files, "_copy_some", slow)
     for name in ("source", "target"):
         (tmp_path / name).touch()
-    with pytest.raises(KeyboardInterrupt), copying(tmp_path / "source", tmp_path / "target", [(0, 10**6)], 0):
+    with pytest.raises(KeyboardInterrupt), copying(tmp_path / "source", tmp_path / "target", [Run(0, 10**6, 0)]):
         raise KeyboardInterrupt
     count = len(copied)
     assert count < 10
@@ -155,3 +158,22 @@ def test_a_tensor_that_is_not_given_or_does_not_fit_is_an_error(tmp_path: Path) 
         rewrite(file, tmp_path / "one", {}, ["a", "b"], iter([("a", torch.ones(3))]))
     with pytest.raises(CheckpointError, match="two: a is F32"):
         rewrite(file, tmp_path / "two", {}, ["a"], iter([("a", torch.ones(4))]))
+
+
+def test_items_are_made_ahead_in_order_and_errors_come_in_their_place() -> None:
+    made: list[int] = []
+
+    def numbers(stop: int) -> Iterator[int]:
+        for number in range(stop):
+            made.append(number)
+            yield number
+        if stop == 3:
+            raise CheckpointError("damaged")
+
+    assert list(ahead(numbers(50))) == list(range(50))
+    assert list(ahead(numbers(0))) == []
+    made.clear()
+    items = ahead(numbers(3))
+    assert [next(items) for _ in range(3)] == made == [0, 1, 2]
+    with pytest.raises(CheckpointError, match="damaged"):
+        next(items)
