@@ -12,13 +12,16 @@ import os
 import platform
 import resource
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+CACHE = "REALERA_EDIT_CACHE"
 PACKAGES = ("torch", "transformers", "diffusers", "tokenizers", "safetensors", "numpy", "realera-edit")
 
 
@@ -74,6 +77,35 @@ def peak_memory(device: str = "cpu") -> dict[str, int]:
 
         found["peak_device_bytes"] = torch.cuda.max_memory_allocated(device)
     return found
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or every file and folder below a folder, is on the disk; and the folder that it is in."""
+    found = [path.parent, path, *path.rglob("*")]
+    for one in found:
+        handle = os.open(one, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def spawn(command: Sequence[str], cache: Path) -> dict[str, Any]:
+    """Run a command: seconds, peak resident bytes, and the last line that it printed. `SystemExit` where it fails."""
+    environment = {**os.environ, CACHE: str(cache), "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryFile() as output:
+        start = time.perf_counter()
+        # this process is small, so what the child inherits for a moment does not count in its peak
+        process = subprocess.Popen(command, stdout=output, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        lines = output.read().decode().strip().splitlines()
+    if process.returncode != 0:
+        sys.exit(f"{' '.join(command[:6])} ... failed with exit code {process.returncode}")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"seconds": seconds, "peak": usage.ru_maxrss * unit, "line": lines[-1] if lines else ""}
 
 
 def median(values: list[float]) -> float:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -29,36 +28,12 @@ from typing import Any
 from benchmarks import common
 from benchmarks.clip_tokenizer import invented_names
 
-CACHE = "REALERA_EDIT_CACHE"
-
-
-def spawn(command: Sequence[str], cache: Path) -> dict[str, Any]:
-    """Run a command: seconds, peak resident bytes, and the last line that it printed. `SystemExit` where it fails."""
-    environment = {**os.environ, CACHE: str(cache), "HF_HUB_OFFLINE": "1"}
-    with tempfile.TemporaryFile() as output:
-        start = time.perf_counter()
-        # this process is small, so what the child inherits for a moment does not count in its peak
-        process = subprocess.Popen(command, stdout=output, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        output.seek(0)
-        lines = output.read().decode().strip().splitlines()
-    if process.returncode != 0:
-        sys.exit(f"{' '.join(command[:6])} ... failed with exit code {process.returncode}")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {"seconds": seconds, "peak": usage.ru_maxrss * unit, "line": lines[-1] if lines else ""}
-
 
 def copy_folder(source: Path, target: Path) -> float:
     """Seconds of `cp -r` with every file and folder synced; the copy is removed again."""
     start = time.perf_counter()
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)
-    for current, _, names in os.walk(target):
-        for name in [*names, "."]:
-            handle = os.open(os.path.join(current, name), os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
+    common.sync(target)
     seconds = time.perf_counter() - start
     shutil.rmtree(target)
     return seconds
@@ -96,10 +71,10 @@ def round_of(model: Path, names: Sequence[str], work: Path, cache: Path) -> dict
     out, scratch = work / "out", work / "cache-of-encoding"
     shutil.copytree(cache, scratch)
     program = [sys.executable, "-m", "benchmarks.end_to_end", "--model", str(model), "--names", *names]
-    encoding = json.loads(spawn(program, scratch)["line"])
+    encoding = json.loads(common.spawn(program, scratch)["line"])
     copied = copy_folder(model, work / "copy")
     command = [sys.executable, "-m", "realera_edit", "erase", str(model), *names, "-o", str(out), "--json"]
-    erased = spawn(command, cache)
+    erased = common.spawn(command, cache)
     shutil.rmtree(out)
     shutil.rmtree(scratch)
     return {
@@ -114,9 +89,9 @@ def measure(model: Path, names: Sequence[str], work: Path) -> dict[str, Any]:
     """The record of a cold and a warm run."""
     cache = work / "cache"
     cache.mkdir()
-    bare = spawn([sys.executable, "-c", "import torch"], cache)
+    bare = common.spawn([sys.executable, "-c", "import torch"], cache)
     copy_folder(model, work / "copy")  # reads every file once
-    spawn([sys.executable, "-m", "realera_edit", "erase", "--help"], cache)
+    common.spawn([sys.executable, "-m", "realera_edit", "erase", "--help"], cache)
     found: dict[str, Any] = {"torch_bytes": bare["peak"], "torch_seconds": bare["seconds"]}
     for name in ("cold", "warm"):
         found[name] = round_of(model, names, work, cache)

@@ -92,5 +92,5 @@ def _weights_of(model: Any, widths: tuple[int, int | None]) -> Source:
     if os.path.isfile(path):
         from .singlefile import open_single
 
-        return open_single(path, words=False)
+        return open_single(path, widths=widths)
     return open_checkpoint(path, widths=widths)

@@ -13,7 +13,7 @@ KINDS = ("general", "object", "person", "style")
 PERTURBATIONS = ("none", "isotropic", "covariance")
 
 # Default strength by the number of names; measured at 1, 10 and 50.
-STRENGTHS = ((1, 0.8), (10, 0.7), (50, 0.6), (250, 0.5))
+STRENGTHS = ((1, 0.8), (10, 0.7), (50, 0.6), (100, 0.5))
 
 
 def _option(default: Any, help: str, low: float | None = None, high: float | None = None, choices: Any = None) -> Any:

@@ -152,7 +152,7 @@ class EditResult:
         names = [name for name in file.entries if name in chosen]
         hashes = self.tensors.setdefault(group, {})
         told = {**(metadata or {}), **header_metadata(self)}
-        rewrite(file, target, told, edited_tensors(file, names, product, hashes))
+        rewrite(file, target, told, names, edited_tensors(file, names, product, hashes))
 
     def counts(self) -> dict[str, int]:
         """How many projections of each role were found and how many are edited."""

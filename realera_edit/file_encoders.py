@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .checkpoint import place_model
 from .clip_tokenizer import tokenizer_for
@@ -36,6 +37,7 @@ _OPENCLIP_LAYER = {
     "mlp.fc2": "mlp.c_proj",
     "self_attn.out_proj": "attn.out_proj",
 }
+_LAYER_PARTS = (*_OPENCLIP_LAYER, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _LAYER = re.compile(r"encoder\.layers\.(?P<number>\d+)\.(?P<part>.+)\.(?P<kind>weight|bias)")
 _QKV = re.compile(r"self_attn\.(?P<which>[qkv])_proj")
 
@@ -104,30 +106,27 @@ def find_encoders(names: Iterable[str], where: str) -> tuple[StoredEncoder, ...]
 def load_encoders(
     file: TensorFile,
     stored: tuple[StoredEncoder, ...],
-    tokenizer: Path | None,
+    tokenizer: Path,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> PromptEncoder:
     """The encoders as the model's pipeline uses them: SD 2.x without its last layer, SDXL's both from the last but one.
 
-    `tokenizer`: a folder; None leaves the tokenizer out, which is enough to hash the weights. Loaded in `dtype`
-    (float32 unless told). Raises `CheckpointError`.
+    `tokenizer`: a folder. Loaded in `dtype` (float32 unless told). Raises `CheckpointError`.
     """
     pairs = []
     for one in stored:
-        shapes = {key: entry.shape for key, entry in file.entries.items() if key.startswith(one.prefix)}
-        rows = _shape(shapes, one, "embeddings.token_embedding.weight", file.path)[0]
-        words = None if tokenizer is None else tokenizer_for(tokenizer, rows, one.openclip, str(file.path))
-        model = _build(file, one, _config(shapes, one, words, file.path), dtype or torch.float32)
-        pairs.append((words, place_model(model, device)))
+        fields = config_fields(file, one)
+        words = tokenizer_for(tokenizer, fields["vocab_size"], one.openclip, str(file.path))
+        pairs.append((words, place_model(_build(file, one, fields, words, dtype or torch.float32), device)))
     return PromptEncoder(tuple(pairs), penultimate=len(stored) > 1, progress=progress)
 
 
-def _config(shapes: Mapping[str, tuple[int, ...]], stored: StoredEncoder, tokenizer: Any, path: Path) -> Any:
-    """`CLIPTextConfig` from shapes alone."""
-    from transformers import CLIPTextConfig
-
+def config_fields(file: TensorFile, stored: StoredEncoder) -> dict[str, Any]:
+    """Fields of `CLIPTextConfig` as shapes and layout tell them. Raises `CheckpointError`."""
+    path = file.path
+    shapes = {key: entry.shape for key, entry in file.entries.items() if key.startswith(stored.prefix)}
     rows, width = _shape(shapes, stored, "embeddings.token_embedding.weight", path)
     layers = _layers(shapes, stored, path)
     if width % HEAD_WIDTH:
@@ -135,20 +134,16 @@ def _config(shapes: Mapping[str, tuple[int, ...]], stored: StoredEncoder, tokeni
             f"{path}: its text encoder ({stored.prefix}*) has width {width}, no multiple of {HEAD_WIDTH}, the width "
             "of a head in every CLIP: an unknown encoder. Give a diffusers folder that has it with --text-encoder DIR"
         )
-    special = {} if tokenizer is None else {
-        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-    }  # fmt: skip
-    return CLIPTextConfig(
-        vocab_size=rows,
-        hidden_size=width,
-        intermediate_size=_shape(shapes, stored, "encoder.layers.0.mlp.fc1.weight", path)[0],
-        num_hidden_layers=layers,
-        num_attention_heads=width // HEAD_WIDTH,
-        max_position_embeddings=_shape(shapes, stored, "embeddings.position_embedding.weight", path)[0],
-        hidden_act=stored.act,
-        projection_dim=_shape(shapes, stored, "text_projection.weight", path)[1] if stored.projects else width,
-        **special,
-    )
+    return {
+        "vocab_size": rows,
+        "hidden_size": width,
+        "intermediate_size": _shape(shapes, stored, "encoder.layers.0.mlp.fc1.weight", path)[0],
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // HEAD_WIDTH,
+        "max_position_embeddings": _shape(shapes, stored, "embeddings.position_embedding.weight", path)[0],
+        "hidden_act": stored.act,
+        "projection_dim": _shape(shapes, stored, "text_projection.weight", path)[1] if stored.projects else width,
+    }
 
 
 def _shape(shapes: Mapping[str, tuple[int, ...]], stored: StoredEncoder, name: str, path: Path) -> tuple[int, ...]:
@@ -172,20 +167,35 @@ def _layers(shapes: Mapping[str, tuple[int, ...]], stored: StoredEncoder, path: 
     return count - 1 if stored.drops_last and count != _SD2_READ else count
 
 
-def _build(file: TensorFile, stored: StoredEncoder, config: Any, dtype: torch.dtype) -> Any:
-    """The model with the file's weights, one tensor of the file in memory at a time."""
-    import transformers
+def weight_shapes(stored: StoredEncoder, fields: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name (without "text_model.") -> shape of each parameter of transformers' model of these `config_fields`."""
+    width, inner = fields["hidden_size"], fields["intermediate_size"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.token_embedding.weight": (fields["vocab_size"], width),
+        "embeddings.position_embedding.weight": (fields["max_position_embeddings"], width),
+        "final_layer_norm.weight": (width,),
+        "final_layer_norm.bias": (width,),
+    }
+    if stored.projects:
+        shapes["text_projection.weight"] = (fields["projection_dim"], width)
+    wide = {"mlp.fc1": (inner, width), "mlp.fc2": (width, inner)}
+    for number in range(fields["num_hidden_layers"]):
+        for part in _LAYER_PARTS:
+            shape = (width,) if part.startswith("layer_norm") else wide.get(part, (width, width))
+            stem = f"encoder.layers.{number}.{part}"
+            shapes |= {f"{stem}.weight": shape, f"{stem}.bias": shape[:1]}
+    return shapes
 
-    kind = transformers.CLIPTextModelWithProjection if stored.projects else transformers.CLIPTextModel
-    with torch.device("meta"):  # no random weights are drawn only to be replaced
-        model = kind(config)
-    model = model.to(dtype).to_empty(device="cpu").requires_grad_(False)
-    for name, buffer in model.named_buffers():
-        if name.endswith("position_ids"):
-            buffer.copy_(torch.arange(buffer.numel()).view_as(buffer))
+
+def weight_reader(file: TensorFile, stored: StoredEncoder, width: int) -> Callable[[str, Sequence[int]], Tensor]:
+    """A call that reads the weight of a transformers name, which must have the shape given, in the file's precision.
+
+    Raises `CheckpointError`.
+    """
     read = lru_cache(maxsize=2)(file.read)  # the joint weights of queries, keys and values are asked for three times
-    for name, weight in model.named_parameters():
-        key, third = stored.source(name.removeprefix(_TEXT))
+
+    def weight(name: str, shape: Sequence[int]) -> Tensor:
+        key, third = stored.source(name)
         if key not in file.entries:
             raise CheckpointError(f"{file.path}: the text encoder's {key} is missing; take a sound copy")
         whole = tensor = read(key)
@@ -193,10 +203,31 @@ def _build(file: TensorFile, stored: StoredEncoder, config: Any, dtype: torch.dt
             tensor = tensor.T.contiguous()  # in the folder's layout, for the same bits
         if third is not None and len(tensor) % 3 == 0:
             tensor = tensor.chunk(3)[third]
-        if tensor.shape != weight.shape:
+        if tuple(tensor.shape) != tuple(shape):
             raise CheckpointError(
-                f"{file.path}: {key} is {list(whole.shape)}, which does not fit a text encoder of width "
-                f"{config.hidden_size}; take a sound copy"
+                f"{file.path}: {key} is {list(whole.shape)}, which does not fit a text encoder of width {width}; take "
+                "a sound copy"
             )
-        weight.copy_(tensor)
+        return tensor
+
+    return weight
+
+
+def _build(
+    file: TensorFile, stored: StoredEncoder, fields: Mapping[str, Any], tokenizer: Any, dtype: torch.dtype
+) -> Any:
+    """The model with the file's weights, one tensor of the file in memory at a time."""
+    import transformers
+
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    kind = transformers.CLIPTextModelWithProjection if stored.projects else transformers.CLIPTextModel
+    with torch.device("meta"):  # no random weights are drawn only to be replaced
+        model = kind(transformers.CLIPTextConfig(**fields, **special))
+    model = model.to(dtype).to_empty(device="cpu").requires_grad_(False)
+    for name, buffer in model.named_buffers():
+        if name.endswith("position_ids"):
+            buffer.copy_(torch.arange(buffer.numel()).view_as(buffer))
+    read = weight_reader(file, stored, fields["hidden_size"])
+    for name, weight in model.named_parameters():
+        weight.copy_(read(name.removeprefix(_TEXT), weight.shape))
     return model

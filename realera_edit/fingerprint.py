@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import chosen_weights, encoder_parts, read_json
+from .checkpoint import ENCODER_CLASSES, chosen_weights, encoder_parts, read_json
 from .embeddings import PromptEncoder
 from .errors import CheckpointError, ProjectionError, RealEraWarning
-from .tensorfile import open_tensors, to_bytes
+from .file_encoders import config_fields, find_encoders, weight_reader, weight_shapes
+from .files import ahead
+from .tensorfile import TensorFile, open_tensors, to_bytes
 
 ROUNDINGS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _PREFIX = "text_model."
@@ -58,7 +60,7 @@ class EncoderSource:
         """SHA-256 over structure, names, shapes and the weights as rounded to `rounding`, in the order of the names."""
         dtype = ROUNDINGS[rounding]
         digest = hashlib.sha256(self.structure.encode())
-        for name, weight in self.weights():
+        for name, weight in ahead(self.weights()):
             digest.update(f"{name}{tuple(weight.shape)}".encode())
             digest.update(to_bytes(weight.to(dtype)))
         return digest.hexdigest()
@@ -90,6 +92,25 @@ def stored_encoders(root: Path, variant: str | None = None) -> tuple[EncoderSour
     return tuple(found)
 
 
+def file_encoders(file: TensorFile) -> tuple[EncoderSource, ...]:
+    """The text encoders of a single file, or none; of their weights nothing is read before they are hashed."""
+    found = []
+    for place, stored in enumerate(find_encoders(file.entries, str(file.path))):
+        config = config_fields(file, stored)
+        shapes = weight_shapes(stored, config)
+        read = weight_reader(file, stored, config["hidden_size"])
+
+        def weights(
+            shapes: Mapping[str, Sequence[int]] = shapes, read: Callable[[str, Sequence[int]], Tensor] = read
+        ) -> Iterator[tuple[str, Tensor]]:
+            for key in sorted(shapes):
+                yield key, read(key, shapes[key])
+
+        kind = ENCODER_CLASSES[stored.projects]
+        found.append(_source(_name(place), config, kind, weights))
+    return tuple(found)
+
+
 def loaded_encoders(encoder: PromptEncoder) -> tuple[EncoderSource, ...]:
     """The text encoders of a loaded pipeline or checkpoint."""
     found = []
@@ -101,9 +122,12 @@ def loaded_encoders(encoder: PromptEncoder) -> tuple[EncoderSource, ...]:
             for key in sorted(key for key in places if _matters(key, projects)):
                 yield key, places[key]
 
-        name = "text_encoder" + (f"_{place + 1}" if place else "")
-        found.append(_source(name, model.config.to_dict(), kind, weights))
+        found.append(_source(_name(place), model.config.to_dict(), kind, weights))
     return tuple(found)
+
+
+def _name(place: int) -> str:
+    return "text_encoder" + (f"_{place + 1}" if place else "")
 
 
 def _source(

@@ -19,7 +19,7 @@ from .errors import CheckpointError
 from .front_matter import CARD, licence
 from .history import header_of, read_record, recipe_in, record_before, record_beside, sidecars, undone_metadata
 from .hub import is_hub_id, public_name
-from .tensorfile import TensorFile, open_tensors, rewrite, write_tensors
+from .tensorfile import TensorFile, copy_tensors, open_tensors, rewrite
 from .writer import copy_rest, copy_size, digest, staged
 
 if TYPE_CHECKING:
@@ -127,14 +127,10 @@ def write_undo(
     path: Path, root: Path, chosen: Mapping[str, Sequence[str]], metadata: Mapping[str, str | None] | None = None
 ) -> None:
     """Store the original bytes of every edited tensor, named "file::tensor", and what else was in the header."""
-    tensors = {}
-    for relative, names in chosen.items():
-        file = open_tensors(root / relative)
-        for name in names:
-            entry = file.entries[name]
-            tensors[f"{relative}::{name}"] = (entry.dtype, entry.shape, lambda f=file, n=name: f.read_bytes(n))
+    files = {relative: open_tensors(root / relative) for relative in chosen}
+    tensors = {f"{relative}::{name}": (files[relative], name) for relative, names in chosen.items() for name in names}
     told = {"undo": True, "version": __version__, **({"metadata": dict(metadata)} if metadata else {})}
-    write_tensors(path, tensors, {METADATA_KEY: json.dumps(told, ensure_ascii=False)})
+    copy_tensors(path, tensors, {METADATA_KEY: json.dumps(told, ensure_ascii=False)})
 
 
 def inspect_path(path: str | Path) -> dict[str, Any]:
@@ -186,7 +182,7 @@ def undo_folder(path: str | Path, out: str | Path, *, force: bool = False, progr
         for relative, file in files.items():
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
             restored = ((name, stored.read(f"{relative}::{name}")) for name in originals[relative])
-            rewrite(file, folder / relative, undone_metadata(data), restored)
+            rewrite(file, folder / relative, undone_metadata(data), originals[relative], restored)
         if (before := record_before(data)) is not None:
             write_record(folder / RECORD, before)
         restore(folder, before)

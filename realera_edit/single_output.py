@@ -79,7 +79,7 @@ def undo_file(path: str | Path, out: str | Path, *, force: bool = False) -> Path
         check_hashes(file, stored, group, name, tensors[group][name])
     with staged_file(out, force=force, needed=path.stat().st_size, publish=_publish) as temporary:
         restored = ((name, stored.read(f"{group}::{name}")) for name in names)
-        rewrite(file, temporary, {**originals_in(stored), **undone_metadata(data)}, restored)
+        rewrite(file, temporary, {**originals_in(stored), **undone_metadata(data)}, names, restored)
         if (before := record_before(data)) is not None:
             write_record(sidecars(temporary)[0], before)
     return out

@@ -12,6 +12,7 @@ from .clip_tokenizer import find_tokenizer
 from .embeddings import PromptEncoder
 from .errors import CheckpointError
 from .file_encoders import find_encoders, load_encoders
+from .fingerprint import EncoderSource, file_encoders, stored_encoders
 from .layouts import MAIN, ema_projections, file_projections, unet_prefixes
 from .tensorfile import TensorFile, open_tensors
 
@@ -20,6 +21,11 @@ _CONVERT = (
     'python -c "import torch, safetensors.torch as s; '
     "d = torch.load('{old}', map_location='cpu', weights_only=True); d = d.get('state_dict', d); "
     "s.save_file({{k: v.clone() for k, v in d.items() if hasattr(v, 'clone')}}, '{new}')\""
+)
+
+_NO_ENCODER = (
+    "holds no text encoder of Stable Diffusion 1.x, 2.x or XL (cond_stage_model.*, conditioner.*). Give a diffusers "
+    "folder of the same family, whose text encoder it was trained with: --text-encoder DIR (text_encoder=)"
 )
 
 
@@ -44,32 +50,28 @@ def open_single(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     progress: bool = False,
-    words: bool = True,
+    widths: tuple[int, int | None] | None = None,
 ) -> SingleFile:
     """Open a single file of Stable Diffusion 1.x, 2.x or XL. Raises `CheckpointError` or `ProjectionError`.
 
-    `tokenizer`: a folder with vocab.json and merges.txt (default: CLIP's from the local hub cache); `words` False does
-    without. `text_encoder`: a diffusers folder, whose text encoders (of `variant`) and tokenizers are used in place of
-    the file's: a file of the U-Net alone needs one. Only the text encoders are loaded, in `dtype` (float32 unless
-    told).
+    `tokenizer`: a folder with vocab.json and merges.txt (default: CLIP's from the local hub cache). `text_encoder`: a
+    diffusers folder, whose text encoders (of `variant`) and tokenizers are used in place of the file's: a file of the
+    U-Net alone needs one. Only the text encoders are loaded, in `dtype` (float32 unless told); where the `widths` of
+    the states and of the pooled state are given, not even those.
     """
-    if path.suffix.lower() in PICKLES:
-        raise CheckpointError(
-            f"{path}: a pickled checkpoint can run code when loaded and is never opened. Convert it: "
-            + _CONVERT.format(old=path, new=path.with_suffix(".safetensors"))
-        )
-    if variant is not None and text_encoder is None:
-        raise CheckpointError(f"{path}: a single file has no variants; leave --variant out")
-    file = open_tensors(path)
-    shapes = {name: entry.shape for name, entry in file.entries.items()}
-    prefixes = unet_prefixes(shapes)
-    if not prefixes:
-        raise CheckpointError(f"{path}: {_no_unet(file)}")
-    if text_encoder is not None:
+    file, prefixes = _open_unet(path, text_encoder, variant)
+    if widths is not None:
+        encoder = PromptEncoder((), penultimate=widths[1] is not None, progress=progress)
+    elif text_encoder is not None:
         encoder = _foreign_encoder(Path(text_encoder).expanduser(), tokenizer, variant, device, dtype, progress)
     else:
-        encoder = _own_encoder(file, tokenizer, device, dtype, progress, words)
-    widths = encoder_widths(encoder)
+        stored = find_encoders(file.entries, str(path))
+        if not stored:
+            raise CheckpointError(f"{path}: {_NO_ENCODER}")
+        folder = find_tokenizer(tokenizer, str(path))
+        encoder = load_encoders(file, stored, folder, device, dtype, progress)
+    widths = widths or encoder_widths(encoder)
+    shapes = {name: entry.shape for name, entry in file.entries.items()}
     denoisers = []
     for prefix in prefixes:
         name = prefix.rstrip(".") or "unet"
@@ -80,23 +82,33 @@ def open_single(
     return SingleFile(path, encoder, tuple(denoisers), ())
 
 
-def _own_encoder(
-    file: TensorFile,
-    tokenizer: str | Path | None,
-    device: str,
-    dtype: torch.dtype | None,
-    progress: bool,
-    words: bool,
-) -> PromptEncoder:
-    stored = find_encoders(file.entries, str(file.path))
-    if not stored:
+def single_encoders(
+    path: Path, text_encoder: str | Path | None = None, variant: str | None = None
+) -> tuple[EncoderSource, ...]:
+    """The text encoders that `open_single` would load, to be hashed: none is loaded. Raises `CheckpointError`."""
+    file, _ = _open_unet(path, text_encoder, variant)
+    if text_encoder is not None:
+        return stored_encoders(Path(text_encoder).expanduser(), variant)
+    found = file_encoders(file)
+    if not found:
+        raise CheckpointError(f"{path}: {_NO_ENCODER}")
+    return found
+
+
+def _open_unet(path: Path, text_encoder: str | Path | None, variant: str | None) -> tuple[TensorFile, list[str]]:
+    """The file, and what stands before the blocks of its networks."""
+    if path.suffix.lower() in PICKLES:
         raise CheckpointError(
-            f"{file.path}: holds no text encoder of Stable Diffusion 1.x, 2.x or XL (cond_stage_model.*, "
-            "conditioner.*). Give a diffusers folder of the same family, whose text encoder it was trained with: "
-            "--text-encoder DIR (text_encoder=)"
+            f"{path}: a pickled checkpoint can run code when loaded and is never opened. Convert it: "
+            + _CONVERT.format(old=path, new=path.with_suffix(".safetensors"))
         )
-    folder = find_tokenizer(tokenizer, str(file.path)) if words else None
-    return load_encoders(file, stored, folder, device, dtype, progress)
+    if variant is not None and text_encoder is None:
+        raise CheckpointError(f"{path}: a single file has no variants; leave --variant out")
+    file = open_tensors(path)
+    prefixes = unet_prefixes(file.entries)
+    if not prefixes:
+        raise CheckpointError(f"{path}: {_no_unet(file)}")
+    return file, prefixes
 
 
 def _foreign_encoder(

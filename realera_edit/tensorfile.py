@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError
+from .files import BLOCK, Run, copy_runs, copying
 
 _MAX_HEADER = 100 * 2**20
-_COPY_BYTES = 2**30
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -67,10 +67,10 @@ class TensorFile:
             )
         return tensor
 
-    def read_bytes(self, name: str) -> bytearray:
+    def read_bytes(self, name: str) -> memoryview:
         """The bytes of one tensor."""
         entry = self.entries[name]
-        data = bytearray(entry.stop - entry.start)
+        data = to_bytes(torch.empty(entry.stop - entry.start, dtype=torch.uint8))  # unlike a bytearray, not zeroed
         with open(self.path, "rb") as file:
             file.seek(self.offset + entry.start)
             if file.readinto(data) != len(data):
@@ -148,88 +148,91 @@ def to_bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """Copy the content of a file, inside the kernel (and by reference where the file system can)."""
-    if not source.is_file():
-        raise CheckpointError(f"{source}: not a regular file, or a broken link; remove or mend it")
-    try:
-        src = open(source, "rb")  # noqa: SIM115  # closed below; an error in reading is not one in writing
-    except OSError as error:
-        raise CheckpointError(f"{source}: cannot be read: {error.strerror}") from error
-    with src, open(target, "xb") as dst:
-        _copy_range(src.fileno(), dst.fileno(), os.fstat(src.fileno()).st_size)
-        dst.flush()
-
-
-def _copy_range(src: int, dst: int, count: int) -> None:
-    """Copy `count` bytes from the current position of `src` to that of `dst`."""
-    while count > 0:
-        done = 0
-        if hasattr(os, "copy_file_range"):
-            try:
-                done = os.copy_file_range(src, dst, min(count, _COPY_BYTES))
-            except OSError:  # across file systems on old kernels; a full disk shows again in write()
-                done = 0
-        if done == 0:
-            data = os.read(src, min(count, 2**22))
-            if not data:
-                raise OSError("the file ended while it was copied")
-            view = memoryview(data)
-            while view:
-                view = view[os.write(dst, view) :]
-            done = len(data)
-        count -= done
-
-
 def rewrite(
-    source: TensorFile, target: Path, metadata: Mapping[str, str | None], edited: Iterator[tuple[str, Tensor]]
+    source: TensorFile,
+    target: Path,
+    metadata: Mapping[str, str | None],
+    names: Collection[str],
+    edited: Iterator[tuple[str, Tensor]],
 ) -> None:
-    """Write `target` as `source` with some tensors replaced and `metadata` added (a key of None: taken out).
+    """Write `target` as `source` with the tensors `names` replaced and `metadata` added (a key of None: taken out).
 
-    Every other tensor is byte-identical, and so are the order of the keys and the layout of the data section.
-    `edited` yields (name, tensor of the stored dtype and shape).
+    Every other tensor is byte-identical, and so are the order of the keys and the layout of the data section. They are
+    copied in a thread of their own while `edited` yields (name, tensor of the stored dtype and shape) for each name.
     """
     told = {key: value for key, value in {**source.metadata, **metadata}.items() if value is not None}
     header: dict[str, Any] = {"__metadata__": told}
     header |= {name: value for name, value in source.raw.items() if name != "__metadata__"}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with open(target, "x+b") as dst:
+    # the data begins at the same place of a block, so that a file system which can shares blocks in place of copying
+    unit, place = (8, 0) if source.offset % 8 else (BLOCK, source.offset)
+    text += b" " * ((place - 8 - len(text)) % unit)
+    offset = 8 + len(text)
+    with open(target, "xb") as dst:
         dst.write(struct.pack("<Q", len(text)) + text)
         dst.flush()
-        with open(source.path, "rb") as src:
-            src.seek(source.offset)
-            total = os.fstat(src.fileno()).st_size - source.offset
-            os.lseek(src.fileno(), source.offset, os.SEEK_SET)
-            os.lseek(dst.fileno(), 8 + len(text), os.SEEK_SET)
-            _copy_range(src.fileno(), dst.fileno(), total)
-        for name, tensor in edited:
-            entry = source.entries[name]
-            if DTYPES.get(entry.dtype) != tensor.dtype or entry.shape != tuple(tensor.shape):
-                raise CheckpointError(
-                    f"{target}: {name} is {entry.dtype} {entry.shape}, not {tensor.dtype} {tuple(tensor.shape)}"
-                )
-            dst.seek(8 + len(text) + entry.start)
-            dst.write(to_bytes(tensor))
-        dst.flush()
+        left = set(names)
+        with copying(source.path, target, _runs(source, left, offset)):
+            for name, tensor in edited:
+                entry = source.entries[name]
+                if DTYPES.get(entry.dtype) != tensor.dtype or entry.shape != tuple(tensor.shape):
+                    raise CheckpointError(
+                        f"{target}: {name} is {entry.dtype} {entry.shape}, not {tensor.dtype} {tuple(tensor.shape)}"
+                    )
+                dst.seek(offset + entry.start)
+                dst.write(to_bytes(tensor))
+                left.remove(name)
+            dst.flush()
+        if left:
+            raise CheckpointError(f"{target}: {min(left)} was to be replaced, and nothing was given for it")
+
+
+def _runs(file: TensorFile, names: Collection[str], offset: int) -> list[Run]:
+    """The data section of a file without the tensors `names`, to be copied to one that begins at `offset`."""
+    runs, at = [], 0
+    for start, stop in sorted((file.entries[name].start, file.entries[name].stop) for name in names):
+        runs.append((at, start))
+        at = stop
+    runs.append((at, max((entry.stop for entry in file.entries.values()), default=0)))
+    return [Run(file.offset + start, file.offset + stop, offset + start) for start, stop in runs if start < stop]
+
+
+def copy_tensors(path: Path, tensors: Mapping[str, tuple[TensorFile, str]], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file of tensors that other files hold, to the bit: name -> (file, name there)."""
+    entries = {name: file.entries[stored] for name, (file, stored) in tensors.items()}
+    lead, places = _lead(
+        {name: (one.dtype, one.shape, one.stop - one.start) for name, one in entries.items()}, metadata
+    )
+    with open(path, "xb") as target:
+        target.write(lead)
+    for name, (file, _) in tensors.items():
+        start, stop = (file.offset + end for end in (entries[name].start, entries[name].stop))
+        copy_runs(file.path, path, [Run(start, stop, len(lead) + places[name])])
 
 
 def write_tensors(
     path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], Callable[[], Any]]], metadata: Mapping[str, str]
 ) -> None:
     """Write a safetensors file tensor by tensor: name -> (dtype name, shape, a call that returns its bytes)."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    at = 0
-    for name, (dtype, shape, _) in tensors.items():
-        size = _SIZES[dtype]
-        for n in shape:
-            size *= n
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    sizes = {name: (dtype, shape, math.prod(shape) * _SIZES[dtype]) for name, (dtype, shape, _) in tensors.items()}
     with open(path, "xb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(_lead(sizes, metadata)[0])
         for _, _, call in tensors.values():
             file.write(call())
         file.flush()
+
+
+def _lead(
+    tensors: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """What a file of these tensors (dtype name, shape, bytes) begins with, and where each is in what follows."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    places: dict[str, int] = {}
+    at = 0
+    for name, (dtype, shape, size) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+        places[name] = at
+        at += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, places

@@ -22,7 +22,7 @@ from .fingerprint import check_encoders, loaded_encoders, stored_encoders, width
 from .hub import resolve
 from .pipeline import LoadedPipeline
 from .projections import selected
-from .singlefile import open_single
+from .singlefile import open_single, single_encoders
 from .solve import Factor, Solution
 from .writer import check_outside
 
@@ -124,9 +124,9 @@ def open_target(
         return open_checkpoint(root, variant=variant, progress=progress, widths=widths(encoders))
     if not os.path.isfile(root):
         return open_checkpoint(root)  # raises: there is no such model
-    checkpoint = open_single(root, text_encoder=text_encoder, variant=variant, words=False)
-    check_encoders(file.encoders, loaded_encoders(checkpoint.encoder), str(root), force=force_encoder)
-    return checkpoint
+    encoders = single_encoders(root, text_encoder, variant)
+    check_encoders(file.encoders, encoders, str(root), force=force_encoder)
+    return open_single(root, text_encoder=text_encoder, variant=variant, progress=progress, widths=widths(encoders))
 
 
 def _as_edit(file: EditFile) -> Edit:

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from .checkpoint import walk
 from .errors import CheckpointError, SolveError
-from .tensorfile import TensorFile, all_finite, copy_file, to_bytes
+from .files import copy_file
+from .tensorfile import TensorFile, all_finite, to_bytes
 
 if sys.platform != "win32":  # there, folders of killed runs are left for the user
     import fcntl
@@ -263,10 +264,10 @@ def _sync_folder(folder: Path) -> None:
 
 
 def copy_size(root: Path, out: Path, skip: set[Path], link: bool) -> int:
-    """Bytes that `copy_rest` will write."""
+    """Bytes that `copy_rest` will write; what it will refuse to copy counts for nothing."""
     near = next(folder for folder in out.absolute().parents if folder.exists())
     disk = near.stat().st_dev
-    stats = ((path, path.stat()) for path, _ in walk(root) if path not in skip)
+    stats = ((path, path.stat()) for path, _ in walk(root) if path not in skip and path.is_file())
     return sum(s.st_size for path, s in stats if not (link and path.suffix == ".safetensors" and s.st_dev == disk))
 
 

@@ -58,7 +58,7 @@ def test_by_file_is_in_memory_to_the_bit(family: str, dtype: torch.dtype, tiny: 
     pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)
     before = tree(folder)
     inside = erase(pipe)
-    result = erase(folder, tmp_path / "out", dtype=dtype)
+    result = erase(folder, tmp_path / "out")
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "out", torch_dtype=dtype).unet.state_dict()
     stored, original = weights(tmp_path / "out" / "unet"), weights(folder / "unet")
     wanted = projections(folder)

@@ -21,17 +21,19 @@ from benchmarks.single_file import clip_state, openclip_state
 from realera_edit.checkpoint import open_checkpoint
 from realera_edit.errors import CheckpointError
 from realera_edit.file_encoders import find_encoders, load_encoders
-from realera_edit.singlefile import open_single
+from realera_edit.fingerprint import loaded_encoders, stored_encoders
+from realera_edit.singlefile import open_single, single_encoders
 from realera_edit.tensorfile import open_tensors
 
 Build = Callable[..., Path]
 SD1, SD2 = "cond_stage_model.transformer.", "cond_stage_model.model."
 
 
-def load(path: Path, tokenizer: Path | None = None, dtype: torch.dtype | None = None) -> Any:
-    """The encoders of a file that need not hold more than them."""
-    file = open_tensors(path)
-    return load_encoders(file, find_encoders(file.entries, str(path)), tokenizer, dtype=dtype)
+def load(path: Path) -> Any:
+    """The encoders of a file that need not hold more than them, of a vocabulary of 600 tokens."""
+    file, words = open_tensors(path), path.parent / "words"
+    write_tokenizer(words, 600)
+    return load_encoders(file, find_encoders(file.entries, str(path)), words)
 
 
 def text_file(path: Path, prefix: str, state: dict[str, torch.Tensor]) -> Path:
@@ -89,6 +91,26 @@ def test_diffusers_reads_the_same_encoder_from_the_file(shape: str, pristine_sin
         assert ids[0, -1] == (0 if "sd21" in shape or number else tokenizer.eos_token_id)
         for a, b in zip(judge(ids).to_tuple(), mine(ids).to_tuple(), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_hashes_taken_from_the_file_are_those_of_the_model(
+    shape: str, dtype: torch.dtype, pristine_single: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = pristine_single(shape, dtype)
+    loaded = loaded_encoders(open_single(place / "model.safetensors", tokenizer=place / "folder").encoder)
+    wanted = [source.print() for source in loaded]
+    assert [source.print() for source in stored_encoders(place / "folder")] == wanted
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a model was built")
+
+    for kind in (CLIPTextModel, CLIPTextModelWithProjection):
+        monkeypatch.setattr(kind, "__init__", refuse)
+    assert [source.print() for source in single_encoders(place / "model.safetensors")] == wanted
+    with pytest.raises(AssertionError, match="a model was built"):  # control
+        open_single(place / "model.safetensors", tokenizer=place / "folder")
 
 
 @pytest.mark.parametrize("stored", [23, 24])
@@ -174,6 +196,9 @@ def test_a_damaged_encoder_is_named(key: str, by: torch.Tensor | None, message: 
     change(single, damage)
     with pytest.raises(CheckpointError, match=f"model.safetensors: .*{message}"):
         open_single(single, tokenizer=single.parent / "folder")
+    if "tokenizer" not in message:  # which is no part of the hash
+        with pytest.raises(CheckpointError, match=f"model.safetensors: .*{message}"):
+            [source.print() for source in single_encoders(single)]
 
 
 def test_what_a_joint_weight_may_not_be(tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def test_a_disk_that_is_full_leaves_nothing(result: Any, tmp_path: Path, monkeyp
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for name in ("realera_edit.tensorfile._copy_range", "realera_edit.single_output.write_undo"):
+    for name in ("realera_edit.files._copy_some", "realera_edit.single_output.write_undo"):
         with monkeypatch.context() as patch:
             patch.setattr(name, full)
             with pytest.raises(CheckpointError, match=r"out\.safetensors: cannot be written: the disk is full"):
