@@ -17,7 +17,7 @@ from .config import EditConfig
 from .embeddings import PromptEncoder
 from .neighbours import Clouds, Region
 from .pairs import ErasePairs, Group, build_pairs, list_groups
-from .robust import harden
+from .robust import RIDGE, harden
 from .solve import Factor, Solution, drift, residuals, solve
 from .statistics import Keep, Pairs
 from .targets import AVERAGE
@@ -167,11 +167,13 @@ def _solve(pairs: Pairs, keep: Keep, wanted: Tensor, config: EditConfig, metric:
         region = Region(pairs.x.shape[1], config.radius, config.cos_min, config.cos_max)
         clouds = Clouds(pairs, region, config.perturbation_weight, config.samples, config.seed)
     wanted = wanted.to(pairs.x.device)
+    # of a small ridge, the erased direction is x whitened: long where the kept states are not, and cheap to walk back
+    ridge = max(config.ridge, RIDGE) if config.robust else config.ridge
 
     def again(grown: Pairs, group_weight: Tensor) -> Solution:
-        return solve(grown, keep, residual=wanted, ridge=config.ridge, clouds=clouds, group_weight=group_weight)
+        return solve(grown, keep, residual=wanted, ridge=ridge, clouds=clouds, group_weight=group_weight)
 
-    solution = solve(pairs, keep, residual=wanted, ridge=config.ridge, clouds=clouds)
+    solution = solve(pairs, keep, residual=wanted, ridge=ridge, clouds=clouds)
     if config.robust:
         solution = harden(solution, pairs, again, config.robust, metric)
     # what is measured, applied and stored in an edit file is one and the same factor

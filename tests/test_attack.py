@@ -17,7 +17,7 @@ from realera_edit.checkpoint import open_checkpoint
 from realera_edit.edit import EditResult
 from realera_edit.errors import ConceptError, ConfigError, ProjectionError
 from realera_edit.layers import Layers, compare, metric, text_weights
-from realera_edit.robust import BUDGET, harden
+from realera_edit.robust import BUDGET, RIDGE, harden
 from realera_edit.solve import Factor, Solution
 from realera_edit.statistics import Pairs
 
@@ -207,9 +207,13 @@ def test_each_round_attacks_the_edit_of_the_round_before() -> None:
         torch.testing.assert_close(grown.x[-2:], wanted)
         assert torch.equal(grown.x[: len(pairs.x)], C)
         assert torch.equal(grown.y[-2:], target[:2])
-        assert torch.equal(grown.weight[-2:], weight[:2])
+        torch.testing.assert_close(grown.weight[-2:], weight[:2] / (k + 3))
+        torch.testing.assert_close(grown.weight[:2], weight[:2] * 2 / (k + 3))
+        assert grown.weight[2] == weight[2]
         assert torch.equal(grown.group[-2:], group[:2])
         assert bool(grown.extra[3:].all())
+        total = torch.zeros(2, dtype=torch.float64).index_add_(0, grown.group, grown.weight)
+        torch.testing.assert_close(total, torch.ones(2, dtype=torch.float64))
 
 
 def attacked(result: EditResult, name: str) -> dict[str, float]:
@@ -224,18 +228,19 @@ def attacked(result: EditResult, name: str) -> dict[str, float]:
 def test_robust_rounds_lower_the_attack_that_they_saw_and_another_at_a_cost_in_drift(emoji: Path) -> None:
     results = [edit_model(emoji, ["pizza"], preserve=["guitar"], config=EditConfig(robust=n)) for n in (0, 2)]
     plain, robust = (attacked(result, "pizza") for result in results)
-    assert robust["embedding"] < plain["embedding"] - 0.1
-    assert robust["inverse"] < plain["inverse"] - 0.1
+    assert robust["embedding"] < plain["embedding"] - 0.3
+    assert robust["inverse"] < plain["inverse"] - 0.3
     one, two = (result.geometry() for result in results)
     # the price, which the documentation states
     assert one.typical < two.typical < 3 * one.typical
     assert one.preserved[0].moved < two.preserved[0].moved
-    # the name itself is no less erased
-    assert two.names[0].residual <= one.names[0].residual + 1e-6
+    # the name itself is about as erased as was asked, although attacks share its weight
+    assert two.names[0].residual == pytest.approx(one.names[0].residual, abs=0.05)
     # the worst neighbour in text space comes back less far, too
     assert two.names[0].regained < one.names[0].regained - 0.1
 
 
+@pytest.mark.filterwarnings("ignore:1 of 1 names keep more")  # as states of random weights share most of themselves
 def test_robust_on_a_tiny_model_with_a_pooled_path(sdxl: Path) -> None:
     plain = edit_model(sdxl, ["cat"], config=QUICK).edit
     again = edit_model(sdxl, ["cat"], config=replace(QUICK, robust=0)).edit
@@ -245,9 +250,10 @@ def test_robust_on_a_tiny_model_with_a_pooled_path(sdxl: Path) -> None:
         assert one is not None
         assert two is not None
         assert not torch.equal(one.factor.delta(), two.factor.delta())
-        assert torch.equal(one.leverage, two.leverage)
+        assert two.ridge == pytest.approx(RIDGE / QUICK.ridge * one.ridge)
 
 
+@pytest.mark.filterwarnings("ignore:1 of 1 names keep more")  # as states of random weights share most of themselves
 def test_nothing_is_encoded_for_a_robust_round(sd1: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = []
     for rounds in (0, 3):
