@@ -66,6 +66,8 @@ def test_the_default_strength_falls_with_the_number_of_names(sd1: Path) -> None:
         *(0.6, 0.5, 0.5),
     ]
     assert EditConfig(strength=0.3).strength_for(50) == 0.3
+    assert EditConfig(robust=2).strength_for(1) == pytest.approx(0.7)
+    assert EditConfig(robust=2, strength=0.8).strength_for(1) == 0.8
     quick = replace(QUICK, strength=None)
     both = edit_model(sd1, ["cat", Concept("dog", strength=0.4)], config=quick).edit
     assert [c.strength for c in both.concepts] == [quick.strength_for(2), 0.4]
