@@ -55,7 +55,9 @@ class Readings:
         self.pipe = load_pipeline(model)
         concepts = read_concepts(model / "concepts.json")
         self.labels = [concept.label for concept in concepts]
-        self.noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+        config = self.pipe.unet.config
+        shape = (1, config.in_channels, config.sample_size, config.sample_size)
+        self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(7))
         self.own = [self.outputs([t.format(label) for label in self.labels]) for t in TEMPLATES]
         ends = torch.nn.functional.normalize(encode(self.pipe, self.labels)[:, -1].detach(), dim=1)
         self.similarity = ends @ ends.T
