@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .algebra import rounded
 from .anchors import Anchors, build_anchors
+from .class_words import class_words
 from .concepts import Concept
 from .config import EditConfig
 from .embeddings import PromptEncoder
@@ -78,7 +79,7 @@ def compute_edit(
     hoods = _mine(encoder, concepts, prior, preserve, config)
     groups = list_groups(concepts, hoods)
     pairs = build_pairs(encoder, concepts, groups, config, preserve)
-    anchors = _anchors(encoder, prior, preserve, groups, hoods, config)
+    anchors = _anchors(encoder, prior, preserve, concepts, groups, hoods, config)
     clock.lap("encode")
     wanted = torch.tensor([1 - strength_of(concepts[g.concept], config) for g in groups], dtype=torch.float64)
     cross = _solve(pairs.cross, anchors.cross, wanted, config, metric)
@@ -151,11 +152,14 @@ def _anchors(
     encoder: PromptEncoder,
     prior: Prior | None,
     preserve: Sequence[str],
+    concepts: Sequence[Concept],
     groups: Sequence[Group],
     hoods: Sequence[Sequence[Neighbourhood]],
     config: EditConfig,
 ) -> Anchors:
     erased = {group.name.lower() for group in groups}
+    if config.hold_class and prior is not None:
+        preserve = [*preserve, *class_words(concepts, config.kind, prior.words, erased.union(map(str.lower, preserve)))]
     rim = dict.fromkeys(word for row in hoods for hood in row for word, _ in hood.outside if word.lower() not in erased)
     taken = [] if prior is None else [word for word in prior.words if word.lower() in erased]
     return build_anchors(encoder, prior, preserve, list(rim), taken, config)

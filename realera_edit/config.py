@@ -59,6 +59,9 @@ class EditConfig:
     beyond: int = _option(8, "Vocabulary words just outside each neighbourhood held with extra weight.", 0, 1000)
     prior_words: int = _option(2000, "Frequent vocabulary words whose mapping is kept (0: none).", 0, 100_000)
     preserve_weight: float = _option(100.0, "Weight of a preserved concept, in vocabulary words.", 0.0, 1e9)
+    hold_class: bool = _option(
+        True, 'Also preserve the last word of a lower-case name, if it is a frequent word: "face" of "cat face".'
+    )
     ridge: float = _option(0.03, "Weight of |W'-W|^2, in mean eigenvalues of the kept statistics.", 1e-12, 1e6)
     robust: int = _option(0, "Rounds of closed-form attack and solve, with a ridge of 3 or more (0: none; 2 are enough).", 0, 20)
     edit: str = _option("kv", "Which projections to edit: keys, values or both.", choices=("kv", "k", "v"))
