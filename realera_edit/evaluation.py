@@ -16,7 +16,7 @@ from .contexts import fill
 from .errors import ConceptError, ConfigError, RealEraWarning
 from .evaluation_config import EvaluationConfig
 from .evaluation_curve import check_counts, check_recipe, curves_of, erase_first
-from .evaluation_map import similarity_of, text_space, weights_of
+from .evaluation_map import similarity_of, text_space
 from .evaluation_plan import (
     KINDS,
     STYLED,
@@ -35,6 +35,7 @@ from .history import RECORD, read_record
 from .hub import resolve
 from .judges import Judge, Verdicts, open_judge
 from .pipeline import LoadedPipeline
+from .source import open_weights
 
 _CHUNK = 256
 __all__ = ["Evaluation", "EvaluationConfig", "evaluate"]
@@ -88,7 +89,7 @@ def evaluate(
     before = run.model("original", original, out, options)
     source = LoadedPipeline(before.pipe)
     if curve and record is not None:
-        check_recipe(before.pipe, record, weights_of(edited, source))
+        check_recipe(before.pipe, record, open_weights(edited, source, revision))
     templates = tuple(templates) or tuple(getattr(found, "templates", TEMPLATES))
     _check_templates(templates)
     kinds = "".join(kind for kind in KINDS if kind not in {case.kind for case in own})
@@ -106,7 +107,8 @@ def evaluate(
     erased = planner.erased or subjects
     space = {}
     if team.rank == 0:
-        space = text_space(source, edited, _roles(planner, given, record), [one.name for one in erased], record)
+        roles = _roles(planner, given, record)
+        space = text_space(source, edited, roles, [one.name for one in erased], record, revision)
     whole = Judged(cases, config.seeds, found, before.folder, before.folder, first, first)
     points = _shorter(whole, before, record, curve, subjects, out) if record is not None and curve else {}
     del source, planner, before.pipe  # one model in memory at a time
