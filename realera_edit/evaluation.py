@@ -32,7 +32,7 @@ from .evaluation_plan import (
 from .evaluation_record import Evaluation, Judged, build
 from .generate import Drawing, PictureFolder, Progress, Team, draw, fingerprint, open_pipeline
 from .history import RECORD, read_record
-from .hub import resolve
+from .hub import public_name, resolve
 from .judges import Judge, Verdicts, open_judge
 from .pipeline import LoadedPipeline
 from .source import open_weights
@@ -122,13 +122,13 @@ def evaluate(
         "templates": list(templates),
         "device": options["device"],
         "dtype": str(dtype or torch.float32).removeprefix("torch."),
-        "prompts": None if prompts is None else str(prompts),
+        "prompts": None if prompts is None else Path(prompts).name,
     }
     return build(
         judged,
         out,
         {
-            "model": {"original": _name_of(original), "edited": _name_of(edited)},
+            "model": {"original": _name_of(original, revision), "edited": _name_of(edited, revision)},
             "erased": [one.name for one in given],
             "recipe": record,
             "settings": settings,
@@ -211,8 +211,11 @@ def _shorter(
     return points
 
 
-def _name_of(model: Any) -> str:
-    return str(model) if isinstance(model, (str, Path)) else f"a loaded {type(model).__name__}"
+def _name_of(model: Any, revision: str | None) -> str:
+    """For the record, which may be published: no folder of this machine."""
+    if isinstance(model, (str, Path)):
+        return public_name(resolve(model, revision))["model"]
+    return f"a loaded {type(model).__name__}"
 
 
 def _record(model: Any) -> dict[str, Any] | None:
