@@ -95,14 +95,15 @@ def attack(model: str, names: tuple[str, ...], inversion: int, as_json: bool, **
     if out is not None and not inversion:
         raise click.UsageError("--out is for --inversion")
     from .attack_run import attack_model
+    from .generate import Drawing, drawable
+    from .inversion_run import invert_model
 
+    for one in (model, options["edited"]) if inversion else ():
+        drawable(one, options["revision"])  # told before the attacks without a picture, not after them
     reports = attack_model(model, concepts=names, progress=not as_json, **options)
     found = [report.to_dict() for report in reports]
     texts = [report.report() for report in reports]
     if inversion:
-        from .generate import Drawing
-        from .inversion_run import invert_model
-
         learned = invert_model(
             model,
             options["edited"],

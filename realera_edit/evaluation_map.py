@@ -61,7 +61,6 @@ def text_space(
     roles: Mapping[str, str],
     names: Sequence[str],
     record: Mapping[str, Any] | None,
-    revision: str | None = None,
 ) -> dict[str, Any]:
     """Parts "neighbourhood", "moved", "geometry", "attack" of an evaluation's record; empty where they cannot be had.
 
@@ -70,7 +69,7 @@ def text_space(
     """
     found: dict[str, Any] = {"neighbourhood": [], "moved": [], "geometry": None, "attack": None}
     try:
-        after = open_weights(edited, source, revision)
+        after = open_weights(edited, source)
         layers = compare(source, after)
         found["neighbourhood"], found["moved"] = _map(source.encoder, layers, roles)
         found["attack"] = attack_curves(attack_model(source, after, names)) if names else None

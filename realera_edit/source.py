@@ -57,14 +57,14 @@ def open_source(
     return open_checkpoint(path, variant=variant, device=place, dtype=dtype, progress=progress)
 
 
-def open_weights(model: Any, original: Source, revision: str | None = None) -> Source:
+def open_weights(model: Any, original: Source) -> Source:
     """`model` for its weights alone, to be compared with those of `original`: a path loads no text encoder.
 
     So a single file needs no tokenizer, and of the U-Net alone no text encoder. Raises a `RealEraError`.
     """
     if not isinstance(model, (str, Path)):
         return open_source(model)
-    path = resolve(model, revision)
+    path = resolve(model)
     try:
         return open_checkpoint(path, widths=encoder_widths(original.encoder))
     except ProjectionError as error:

@@ -380,13 +380,16 @@ def test_a_relative_path_stays_as_it_was_typed(
     assert data["model"] == {"original": "model", "edited": "edited"}
 
 
-def test_command_at_fault(place: Path, tmp_path: Path) -> None:
+def test_command_at_fault(place: Path, single: Path, tmp_path: Path) -> None:
     models = (place / "model", place / "edited")
     cases = {
         (*models, "--judge", "oracle"): (1, "judge 'oracle': expected reference"),
         (*models, "--seeds", "x"): (1, "write a range such as 0-3"),
         (*models, "--far", "-1"): (1, "far = -1"),
-        (place / "gone", place / "edited", "--concept", "cat", "--judge", "python:no:where"): (1, "cannot be imported"),
+        (*models, "--judge", "python:no:where"): (1, "cannot be imported"),
+        (place / "gone", place / "edited"): (1, "gone/model_index.json: no such file"),
+        (place / "model", place / "gone", "--concept", "cat"): (1, "gone/model_index.json: no such file"),
+        (place / "model", single, "--concept", "cat"): (1, "pictures are drawn from diffusers folders"),
         (*models, "--alias", "puss"): (2, "--alias goes with exactly one --concept"),
     }
     for args, (code, message) in cases.items():
