@@ -25,12 +25,14 @@ from benchmarks.reference_model.pictures import DEFAULT_CACHE, Concept, read_con
 from benchmarks.reference_model.sampler import PictureStore, generate, load_pipeline
 from benchmarks.reference_model.splits import Split, aliases, split_of
 from benchmarks.reference_model.texts import fixed_aliases
+from realera_edit.evaluation_plan import Case, Erased, own_cases
 from realera_edit.hub import resolve
+from realera_edit.judges import ReferenceJudge
 from realera_edit.metrics import Rate, bootstrap, harmonic_means
 
 __all__ = ["Bench", "ConceptSet", "Quality", "Rate", "Settings", "generate", "load_pipeline", "measure"]
 
-PLAIN = ("an emoji of a {}", "{}")
+PLAIN, STYLED = ReferenceJudge.templates, ReferenceJudge.styled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,17 +63,6 @@ class ConceptSet:
     neighbours: dict[str, tuple[str, ...]]
     far: tuple[str, ...]
     far_kind: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A prompt for kind "e", "g", "n" or "s", the erased concept it belongs to, and the concept it names."""
-
-    kind: str
-    owner: str
-    prompt: str
-    truth: str
-    style: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,12 +189,10 @@ class Bench:
 
 def cases_of(chosen: ConceptSet, styles: Sequence[str]) -> list[Case]:
     """Every prompt of a measurement."""
-    cases = []
+    cases: list[Case] = []
     for label in chosen.erased:
-        cases += [Case("e", label, t.format(label), label) for t in PLAIN]
-        cases += [Case("e", label, f"a {s} emoji of a {label}", label, s) for s in styles]
-        cases += [Case("g", label, t.format(name), label) for name in chosen.aliases[label] for t in PLAIN]
-        cases += [Case("n", label, t.format(o), o) for o in chosen.neighbours[label] for t in PLAIN]
+        names = {"g": chosen.aliases[label], "n": chosen.neighbours[label]}
+        cases += own_cases(Erased(label, label), names, PLAIN, STYLED, styles)
     return cases + [Case("s", "", t.format(other), other) for other in chosen.far for t in PLAIN]
 
 

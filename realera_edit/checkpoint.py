@@ -125,7 +125,7 @@ def open_checkpoint(
     """Open a diffusers folder (or a single file: `open_single`) of Stable Diffusion 1.x, 2.x or XL.
 
     The text encoders are loaded in `dtype` (float32 unless told); of the denoisers only the headers are read. Where
-    the `widths` of the states and of the pooled state are given, no text encoder of a folder is loaded. Raises
+    the `widths` of the states and of the pooled state are given, no text encoder is loaded. Raises
     `CheckpointError` or `ProjectionError`.
     """
     if not os.path.exists(root):  # unlike Path.exists, never raises
@@ -136,7 +136,7 @@ def open_checkpoint(
     if root.is_file():
         from .singlefile import open_single
 
-        return open_single(root, variant=variant, device=device, dtype=dtype, progress=progress)
+        return open_single(root, variant=variant, device=device, dtype=dtype, progress=progress, widths=widths)
     index = read_json(root / "model_index.json")
     if widths is None:
         encoder = load_encoder(root, variant, device, dtype, progress)

@@ -25,6 +25,7 @@ from .cli_common import (
     metadata_option,
     output_options,
     print_result,
+    single_file_options,
 )
 from .cli_edits import COMMANDS
 from .cli_evaluate import evaluate
@@ -96,16 +97,7 @@ def cli() -> None:
 @click.option("--dtype", type=click.Choice(DTYPES), help="Precision of the text encoder.  [default: float32]")
 @click.option("--variant", help="Weights of the text encoder to read, such as fp16.")
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
-@click.option(
-    "--tokenizer",
-    type=click.Path(path_type=Path),
-    help="Folder with CLIP's vocab.json and merges.txt, for a single file.  [default: the local hub cache]",
-)
-@click.option(
-    "--text-encoder",
-    type=click.Path(path_type=Path),
-    help="Diffusers folder whose text encoders to use, for a single file of the U-Net alone.",
-)
+@single_file_options
 @click.option("--link", is_flag=True, help="Hard-link the unedited weights in place of copying them.")
 @click.option("--undo/--no-undo", default=True, show_default=True, help="Keep the original weights for `undo`.")
 @card_option

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from .cli_common import Command, bar, print_result
+from .cli_common import Command, bar, print_result, single_file_options
 from .evaluation_config import EvaluationConfig, parse_numbers
 
 RESULT = "attack.json"
@@ -44,11 +44,7 @@ _INVERSION = ("judge", "preserve", "start", "seeds", "steps", "guidance", "out")
     help="Frequent vocabulary words to search for some that still draw the concept (0: none).",
 )
 @click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="Words to list.")
-@click.option(
-    "--tokenizer",
-    type=click.Path(path_type=Path),
-    help="Folder with CLIP's vocab.json and merges.txt, for a single file.  [default: the local hub cache]",
-)
+@single_file_options
 @click.option(
     "--inversion",
     type=click.IntRange(min=0),
@@ -83,13 +79,15 @@ def attack(model: str, names: tuple[str, ...], inversion: int, as_json: bool, **
     """Look for embeddings and words that bring each CONCEPT back in an edited copy of MODEL, in closed form.
 
     Changes nothing. 0 % is no gain over the erased prompt, 100 % is the concept as the original model reads it. The
-    edit need not be one of realera-edit: the weights of the two models are compared. Nothing is drawn unless
-    --inversion asks for the strongest attack, textual inversion: how often the judge sees the concept in what the
-    learned word draws, beside the same attack on MODEL itself and, as a control, on pictures that no prompt draws.
+    edit need not be one of realera-edit: the weights of the two models are compared, each a diffusers folder, a hub id
+    or a single .safetensors file. Nothing is drawn unless --inversion asks for the strongest attack, textual inversion,
+    on folders: how often the judge sees the concept in what the learned word draws, beside the same attack on MODEL
+    itself and, as a control, on pictures that no prompt draws.
 
     \b
     realera-edit attack ./sd15 --edited ./no-van-gogh "Van Gogh"
     realera-edit attack ./sd15 --edited ./no-van-gogh "Van Gogh" --budget 0.2 --words 10000 --json
+    realera-edit attack model.safetensors --edited edited.safetensors "Van Gogh" --tokenizer ./sd15
     realera-edit attack emoji --edited ./no-cat "cat face" --inversion 200 --judge reference -o ./attacked
     """
     own = {name: options.pop(name) for name in _INVERSION}
@@ -97,14 +95,15 @@ def attack(model: str, names: tuple[str, ...], inversion: int, as_json: bool, **
     if out is not None and not inversion:
         raise click.UsageError("--out is for --inversion")
     from .attack_run import attack_model
+    from .generate import Drawing, drawable
+    from .inversion_run import invert_model
 
+    for one in (model, options["edited"]) if inversion else ():
+        drawable(one, options["revision"])  # told before the attacks without a picture, not after them
     reports = attack_model(model, concepts=names, progress=not as_json, **options)
     found = [report.to_dict() for report in reports]
     texts = [report.report() for report in reports]
     if inversion:
-        from .generate import Drawing
-        from .inversion_run import invert_model
-
         learned = invert_model(
             model,
             options["edited"],

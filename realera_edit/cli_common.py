@@ -82,6 +82,26 @@ def metadata_option(command: F) -> F:
     )(command)
 
 
+def single_file_options(command: F) -> F:
+    """Options of every command that reads concepts by the text encoder of MODEL: what a single file may lack."""
+    for option in reversed(
+        (
+            click.option(
+                "--tokenizer",
+                type=click.Path(path_type=Path),
+                help="Folder with CLIP's vocab.json and merges.txt, for a single file.  [default: the local hub cache]",
+            ),
+            click.option(
+                "--text-encoder",
+                type=click.Path(path_type=Path),
+                help="Diffusers folder whose text encoders to use, for a single file of the U-Net alone.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
 def check_output(out: Path, force: bool, inputs: Sequence[Path] = ()) -> None:
     """Fail before the work, not after it."""
     for path in inputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from dataclasses import fields
@@ -92,7 +93,7 @@ def evaluate(original: str, edited: str, out: Path, as_json: bool, quiet: bool, 
         config=config,
         curve=parse_numbers(curve, "curve") if curve else (),
         dtype=getattr(torch, dtype) if dtype else None,
-        command=_command(),
+        command=_command(original, edited, out, options["prompts"], options["judge"].partition(":")[2]),
         progress=None if quiet or as_json or not sys.stderr.isatty() else bar(),
         **options,
     )
@@ -105,6 +106,21 @@ def evaluate(original: str, edited: str, out: Path, as_json: bool, quiet: bool, 
     print_result(found.to_dict(), f"{found.table()}\nwritten    {page}, {sheet.name}", as_json, quiet)
 
 
-def _command() -> str:
-    """The command line as it was given, to be run again."""
-    return shlex.join(["realera-edit", *sys.argv[1:]])
+def _command(*paths: str | Path | None) -> str:
+    """The command line as it was given, to be run again; the report may be published, so no folder of this machine.
+
+    `paths`: what of it may be one. A relative one stays as it was typed, an absolute one is called as in the record.
+    """
+    from .hub import public_name
+
+    # the longest first: one may be the end of another
+    absolute = sorted({str(path) for path in paths if path and os.path.isabs(path)}, key=len, reverse=True)
+
+    def shown(word: str) -> str:
+        for path in absolute:
+            before = word.removesuffix(path)
+            if before != word and (before in ("", "-o") or before.endswith(("=", ":"))):
+                return before + public_name(path)["model"]
+        return word
+
+    return shlex.join(["realera-edit", *map(shown, sys.argv[1:])])

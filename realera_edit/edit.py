@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,14 +13,13 @@ import torch
 from torch import Tensor
 
 from .apply import apply_factor
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint
 from .compute import Edit, compute_edit, strength_of
 from .concepts import Concept, resolve_concepts
 from .config import EditConfig
 from .errors import CheckpointError, ConceptError, ConfigError, RealEraWarning
 from .folder_output import save_folder, save_pipeline
 from .history import previous_records
-from .hub import resolve
 from .layers import metric
 from .modelspec import check_given
 from .pipeline import LoadedPipeline
@@ -29,7 +27,8 @@ from .projections import Projection, selected
 from .provenance import header_metadata, record
 from .report import render
 from .single_output import save_single
-from .singlefile import SingleFile, open_single
+from .singlefile import SingleFile
+from .source import Source, open_source
 from .tensorfile import TensorFile, rewrite
 from .writer import check_outside, edited_tensors
 
@@ -48,7 +47,7 @@ class EditResult:
     frequent words.
     """
 
-    source: Checkpoint | LoadedPipeline
+    source: Source
     edit: Edit
     config: EditConfig
     preserve: tuple[str, ...]
@@ -224,30 +223,16 @@ def edit_model(
     if any(not name for name in preserve):
         raise ConceptError("preserve: a name is empty; remove it (the empty prompt is always kept)")
     wanted = resolve_concepts(concepts, kind=config.kind, target=target, preserve=preserve)
-    source: Checkpoint | LoadedPipeline
-    if isinstance(model, (str, Path)):
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        path = resolve(model, revision)
-        if os.path.isfile(path):  # unlike Path.is_file, never raises
-            source = open_single(
-                path,
-                tokenizer=tokenizer,
-                text_encoder=text_encoder,
-                variant=variant,
-                device=place,
-                dtype=dtype,
-                progress=progress,
-            )
-        elif tokenizer is None and text_encoder is None:
-            source = open_checkpoint(path, variant=variant, device=place, dtype=dtype, progress=progress)
-        else:
-            raise CheckpointError(
-                f"{path}: no single file; --tokenizer and --text-encoder are for those, leave them out for a folder"
-            )
-    elif tokenizer is not None or text_encoder is not None:
-        raise CheckpointError("a loaded pipeline has its own text encoder: leave tokenizer and text_encoder out")
-    else:
-        source = LoadedPipeline(model, progress=progress, dtype=dtype)
+    source = open_source(
+        model,
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        variant=variant,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        progress=progress,
+    )
     selection = selected(source.projections, config.edit, config.pooled)
     has_pooled = any(p.role == "pooled" for p in selection)
     layers = metric(source, config.edit) if config.robust else None

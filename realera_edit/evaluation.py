@@ -16,7 +16,7 @@ from .contexts import fill
 from .errors import ConceptError, ConfigError, RealEraWarning
 from .evaluation_config import EvaluationConfig
 from .evaluation_curve import check_counts, check_recipe, curves_of, erase_first
-from .evaluation_map import similarity_of, text_space, weights_of
+from .evaluation_map import similarity_of, text_space
 from .evaluation_plan import (
     KINDS,
     STYLED,
@@ -30,11 +30,12 @@ from .evaluation_plan import (
     same,
 )
 from .evaluation_record import Evaluation, Judged, build
-from .generate import Drawing, PictureFolder, Progress, Team, draw, fingerprint, open_pipeline
+from .generate import Drawing, PictureFolder, Progress, Team, draw, drawable, fingerprint, open_pipeline
 from .history import RECORD, read_record
-from .hub import resolve
+from .hub import public_name
 from .judges import Judge, Verdicts, open_judge
 from .pipeline import LoadedPipeline
+from .source import open_weights
 
 _CHUNK = 256
 __all__ = ["Evaluation", "EvaluationConfig", "evaluate"]
@@ -73,8 +74,9 @@ def evaluate(
     start, config, out = time.perf_counter(), config or EvaluationConfig(), Path(out)
     if original is edited and not isinstance(original, (str, Path)):
         raise ConfigError("evaluate: the two models are one and the same pipeline; load the original a second time")
+    original, edited = (drawable(model, revision) for model in (original, edited))
     team = Team.of_environment()
-    options = {"device": device or team.device, "dtype": dtype, "variant": variant, "revision": revision}
+    options = {"device": device or team.device, "dtype": dtype, "variant": variant}
     own = read_prompts(Path(prompts)) if prompts is not None else ()
     record = _record(edited)
     check_counts(record, curve)
@@ -88,7 +90,7 @@ def evaluate(
     before = run.model("original", original, out, options)
     source = LoadedPipeline(before.pipe)
     if curve and record is not None:
-        check_recipe(before.pipe, record, weights_of(edited, source))
+        check_recipe(before.pipe, record, open_weights(edited, source))
     templates = tuple(templates) or tuple(getattr(found, "templates", TEMPLATES))
     _check_templates(templates)
     kinds = "".join(kind for kind in KINDS if kind not in {case.kind for case in own})
@@ -106,7 +108,8 @@ def evaluate(
     erased = planner.erased or subjects
     space = {}
     if team.rank == 0:
-        space = text_space(source, edited, _roles(planner, given, record), [one.name for one in erased], record)
+        roles = _roles(planner, given, record)
+        space = text_space(source, edited, roles, [one.name for one in erased], record)
     whole = Judged(cases, config.seeds, found, before.folder, before.folder, first, first)
     points = _shorter(whole, before, record, curve, subjects, out) if record is not None and curve else {}
     del source, planner, before.pipe  # one model in memory at a time
@@ -120,7 +123,7 @@ def evaluate(
         "templates": list(templates),
         "device": options["device"],
         "dtype": str(dtype or torch.float32).removeprefix("torch."),
-        "prompts": None if prompts is None else str(prompts),
+        "prompts": None if prompts is None else Path(prompts).name,
     }
     return build(
         judged,
@@ -178,7 +181,7 @@ class _Run:
 
     def model(self, name: str, model: Any, out: Path, options: Mapping[str, Any]) -> _Model:
         """`model`, opened, with its folder of pictures in `out`."""
-        pipe = open_pipeline(model, **options) if isinstance(model, (str, Path)) else model
+        pipe = open_pipeline(model, **options) if isinstance(model, Path) else model
         drawing = Drawing(self.config.steps, self.config.guidance)
         return _Model(name, pipe, PictureFolder(out / "pictures" / name, fingerprint(pipe), drawing), self)
 
@@ -210,14 +213,17 @@ def _shorter(
 
 
 def _name_of(model: Any) -> str:
-    return str(model) if isinstance(model, (str, Path)) else f"a loaded {type(model).__name__}"
+    """For the record, which may be published: no folder of this machine."""
+    if isinstance(model, Path):
+        return public_name(model)["model"]
+    return f"a loaded {type(model).__name__}"
 
 
 def _record(model: Any) -> dict[str, Any] | None:
     """The record of the edits that a folder went through, where it has one."""
-    if not isinstance(model, (str, Path)):
+    if not isinstance(model, Path):
         return None
-    path = resolve(model) / RECORD
+    path = model / RECORD
     return read_record(path) if path.is_file() else None
 
 
@@ -249,7 +255,7 @@ def _erased(
 
 def _known(original: Any, record: Mapping[str, Any] | None, preserve: Sequence[str]) -> tuple[Known, ...]:
     """What may be a neighbour or a far concept: the model's own list, or what the edit preserved; and `preserve`."""
-    listed = read_known(resolve(original)) if isinstance(original, (str, Path)) else ()
+    listed = read_known(original) if isinstance(original, Path) else ()
     have = {same(entry.label) for entry in listed}
     more = [*preserve, *(() if listed else (record or {}).get("preserve", ()))]
     return (*listed, *(Known(name) for name in dict.fromkeys(more) if same(name) not in have))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,16 +12,16 @@ from torch import Tensor
 
 from .attack import AttackReport
 from .attack_run import attack_model
-from .checkpoint import encoder_widths, open_checkpoint
+from .checkpoint import encoder_widths
 from .embeddings import PromptEncoder
 from .errors import RealEraError, RealEraWarning
 from .evaluation_curve import config_of, solved_again
 from .evaluation_plan import Similarity, same
 from .geometry import SHOWN_WORDS, measure
-from .hub import resolve
 from .layers import Layers, compare
 from .pipeline import LoadedPipeline
 from .report import plain
+from .source import open_weights
 from .vocabulary import load_prior, similarity, whole_words
 
 WORDS, NEAREST, PADDING = 2000, 40, 2
@@ -70,9 +69,10 @@ def text_space(
     """
     found: dict[str, Any] = {"neighbourhood": [], "moved": [], "geometry": None, "attack": None}
     try:
-        layers = compare(source, weights_of(edited, source))
+        after = open_weights(edited, source)
+        layers = compare(source, after)
         found["neighbourhood"], found["moved"] = _map(source.encoder, layers, roles)
-        found["attack"] = attack_curves(attack_model(source.pipe, edited, names)) if names else None
+        found["attack"] = attack_curves(attack_model(source, after, names)) if names else None
         found["geometry"] = None if record is None else _geometry(source, record)
     except RealEraError as error:
         warnings.warn(f"the text space is left out of the evaluation: {error}", RealEraWarning, stacklevel=3)
@@ -91,13 +91,6 @@ def attack_curves(reports: Sequence[AttackReport]) -> list[dict[str, Any]]:
             ]
             curves.append({"name": f"{report.concept}: {kind}", "points": points})
     return curves
-
-
-def weights_of(edited: Any, source: LoadedPipeline) -> Any:
-    """The edited model for its weights alone."""
-    if not isinstance(edited, (str, Path)):
-        return LoadedPipeline(edited)
-    return open_checkpoint(resolve(edited), widths=encoder_widths(source.encoder))
 
 
 def _map(

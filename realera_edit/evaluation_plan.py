@@ -12,7 +12,7 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice
 from pathlib import Path
@@ -264,13 +264,20 @@ class Planner:
         """Every prompt of the chosen `kinds`."""
         found = []
         for one in self.erased:
-            label = one.label
             others = self.others(one) if set(kinds) & {"g", "r"} else ()
-            found += [Case("e", label, fill(t, one.name).prompt, label) for t in templates]
-            found += [Case("e", label, fill(styled.replace("{style}", s), one.name).prompt, label, s) for s in styles]
-            found += [Case("g", label, fill(t, name).prompt, label) for name in others for t in templates]
-            found += [Case("n", label, fill(t, o).prompt, o) for o in self.near[label] for t in templates]
             words = self.keywords(one, others) if "r" in kinds else ()
-            found += [Case("r", label, fill(t, text).prompt, label) for text in words for t in templates]
+            found += own_cases(one, {"g": others, "n": self.near[one.label], "r": words}, templates, styled, styles)
         found += [Case("s", "", fill(t, o).prompt, o) for o in self.far for t in templates]
         return [case for case in found if case.kind in kinds]
+
+
+def own_cases(
+    one: Erased, names: Mapping[str, Sequence[str]], templates: Sequence[str], styled: str, styles: Sequence[str]
+) -> list[Case]:
+    """Every prompt that belongs to one erased concept; `names`: further kinds -> what to prompt with."""
+    label = one.label
+    found = [Case("e", label, fill(t, one.name).prompt, label) for t in templates]
+    found += [Case("e", label, fill(styled.replace("{style}", s), one.name).prompt, label, s) for s in styles]
+    for kind, texts in names.items():
+        found += [Case(kind, label, fill(t, x).prompt, x if kind == "n" else label) for x in texts for t in templates]
+    return found

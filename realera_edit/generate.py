@@ -196,6 +196,20 @@ def _pictures(pipe: Any, shots: Sequence[tuple[str, int]], drawing: Drawing) -> 
     return (found * 255).round().clip(0, 255).astype(np.uint8)
 
 
+def drawable(model: Any, revision: str | None = None) -> Any:
+    """The folder of `model`, a path or hub id, that pictures can be drawn from; a loaded pipeline is given back.
+
+    So that a model of another kind is told of before work is done on the first. Raises `CheckpointError`.
+    """
+    if not isinstance(model, (str, Path)):
+        return model
+    path = resolve(model, revision)
+    if os.path.isfile(path) or path.suffix in (*PICKLES, ".safetensors"):
+        raise CheckpointError(f"{path}: pictures are drawn from diffusers folders; convert the single file to one")
+    read_json(path / "model_index.json")
+    return path
+
+
 def open_pipeline(
     model: str | Path,
     *,
@@ -208,9 +222,7 @@ def open_pipeline(
     import diffusers
     import transformers
 
-    path = resolve(model, revision)
-    if os.path.isfile(path) or path.suffix in (*PICKLES, ".safetensors"):
-        raise CheckpointError(f"{path}: pictures are drawn from diffusers folders; convert the single file to one")
+    path = drawable(model, revision)
     names = read_json(path / "model_index.json")
     without = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in names else {}
     with _quiet(diffusers.utils.logging, transformers.logging):

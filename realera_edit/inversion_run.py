@@ -19,8 +19,7 @@ from torch import Tensor
 from .contexts import fill
 from .errors import ConceptError, ConfigError
 from .evaluation_plan import TEMPLATES, read_known, same
-from .generate import Drawing, PictureFolder, Progress, draw, fingerprint, open_pipeline
-from .hub import resolve
+from .generate import Drawing, PictureFolder, Progress, draw, drawable, fingerprint, open_pipeline
 from .inversion import Inversion, denoising_error, invert, start_token, turned, word
 from .judges import Judge, open_judge
 from .metrics import Rate
@@ -135,11 +134,12 @@ def invert_model(
         raise ConfigError(
             f"inversion: {steps} steps, {examples} examples, {len(seeds)} seeds: expected at least 1 each"
         )
+    model, edited = (drawable(one, revision) for one in (model, edited))
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    known = [entry.label for entry in read_known(resolve(model))] if isinstance(model, (str, Path)) else []
+    known = [entry.label for entry in read_known(model)] if isinstance(model, Path) else []
     found = _judge(judge, names, [*preserve, *known], place)
     templates = tuple(templates) or tuple(getattr(found, "templates", TEMPLATES))
-    options = {"device": place, "variant": variant, "revision": revision}
+    options = {"device": place, "variant": variant}
     rows: dict[str, list[Drawn]] = {name: [] for name in names}
     with _folder(out) as folder:
         task = _Task(folder, found, templates, start, steps, tuple(seeds), drawing or Drawing(), batch, progress)
@@ -160,7 +160,7 @@ def invert_model(
 
 
 def _side(label: str, model: Any, task: _Task, options: Mapping[str, Any]) -> _Side:
-    pipe = open_pipeline(model, **options) if isinstance(model, (str, Path)) else model
+    pipe = open_pipeline(model, **options) if isinstance(model, Path) else model
     start_token(pipe, task.start)  # told before anything is drawn
     return _Side(label, pipe, fingerprint(pipe), task)
 

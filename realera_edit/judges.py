@@ -204,7 +204,7 @@ def open_judge(spec: str, labels: Sequence[str], device: str = "cpu") -> Judge:
     """
     kind, _, rest = spec.partition(":")
     if kind == "reference":
-        return ReferenceJudge.load(rest, spec) if rest else reference_judge()
+        return ReferenceJudge.load(rest, f"reference:{Path(rest).name}") if rest else reference_judge()
     if kind == "python":
         return _from_python(rest, labels)
     from . import judges_pretrained as pretrained

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from .checkpoint import load_tokenizer, place_model, read_json
 from .contexts import fill
 from .errors import CheckpointError, ConfigError
+from .hub import public_name
 from .judges import Verdicts
 
 _BATCH = 64
@@ -93,7 +94,7 @@ class ClipJudge:
         if not labels:
             raise ConfigError(f"judge clip:{folder}: has no labels to choose from; name concepts")
         path = Path(folder)
-        self.labels, self.name = tuple(labels), f"clip:{folder}"
+        self.labels, self.name = tuple(labels), f"clip:{public_name(folder)['model']}"
         self._model = _loaded("CLIPModel", path, device)
         self._device = device
         self._prepare = Preprocess(path, int(self._model.config.vision_config.image_size))
@@ -129,7 +130,7 @@ class ClassifierJudge:
         self._model, self._device = _loaded("AutoModelForImageClassification", path, device), device
         names = self._model.config.id2label
         self.labels = tuple(str(names[place]) for place in range(len(names)))
-        self.name = f"classifier:{folder}"
+        self.name = f"classifier:{public_name(folder)['model']}"
         self._prepare = Preprocess(path, int(getattr(self._model.config, "image_size", 224)))
 
     @torch.inference_mode()

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from .pipeline import LoadedPipeline
 
 
+ANOTHER = "another model? Compare an edit with the model that it was made of"
+
+
 @dataclass(frozen=True)
 class Layers:
     """Sums over the layers of the cross-attention's text space, float64 [d, d]; `count`: how many weights were summed.
@@ -71,25 +74,32 @@ def metric(source: Checkpoint | LoadedPipeline, edit: str = "kv") -> Tensor:
 def compare(original: Checkpoint | LoadedPipeline, edited: Checkpoint | LoadedPipeline) -> Layers:
     """The sums over the cross-attention projections of a model before and after an edit, whoever made it.
 
-    Raises `ProjectionError` where the two have different projections.
+    One may be a folder and the other a single file. Raises `ProjectionError` where the two have different projections.
     """
-    after = {(name, p.name): weight for name, p, weight in text_weights(edited) if p.role != "pooled"}
+    after = dict(_drawn(edited))
     sums = [_Sum() for _ in range(3)]
     count = 0
-    for name, p, before in text_weights(original):
-        if p.role == "pooled":
-            continue
-        new = after.pop((name, p.name), None)
+    for place, before in _drawn(original):
+        new = after.pop(place, None)
         if new is None or new.shape != before.shape:
-            raise ProjectionError(f"{edited.where}: has no {name} {p.name} like {original.where}: another model?")
+            raise ProjectionError(f"{edited.where}: has no {' '.join(place)} like {original.where}; {ANOTHER}")
         w, v = before.to("cpu", torch.float64), new.to("cpu", torch.float64)
         for total, product in zip(sums, (v.T @ v, v.T @ w, w.T @ w), strict=True):
             total.add(product)
         count += 1
     if after:
-        raise ProjectionError(f"{original.where}: has no {' '.join(next(iter(after)))} like {edited.where}")
+        raise ProjectionError(f"{original.where}: has no {' '.join(next(iter(after)))} like {edited.where}; {ANOTHER}")
     a, b, q = (total.found(original.where) for total in sums)
     return Layers(a, b, q, count)
+
+
+def _drawn(source: Checkpoint | LoadedPipeline) -> Iterator[tuple[tuple[str, str], Tensor]]:
+    """Each cross-attention weight that draws, by its component and name in diffusers' layout, whatever its file's."""
+    names = getattr(source, "diffusers_names", None)  # of a single file
+    for component, p, weight in text_weights(source):
+        place = (component, p.name) if names is None else names.get((component, p.name))
+        if p.role != "pooled" and place is not None:
+            yield place, weight
 
 
 class _Sum:

@@ -16,7 +16,8 @@ from .projections import POOLED, Projection, text_projections
 
 MAIN = "model.diffusion_model."
 LDM_POOLED = "label_emb.0.0.weight"
-_EMA = "model_ema."
+EMA = "model_ema"  # the network of EMA copies, and with a dot what their names begin with
+_EMA = f"{EMA}."
 _BLOCK = r"(?:input_blocks|middle_block|output_blocks|down_blocks|mid_block|up_blocks)\."
 _IN_BLOCK = re.compile(_BLOCK)
 _CROSS = re.compile(rf"(?P<prefix>(?:.*?\.)??){_BLOCK}.*\.attn2\.to_k\.weight")

@@ -25,7 +25,7 @@ from .card_text import title
 from .checkpoint import Checkpoint, Denoiser, chosen_weights, read_json
 from .editfile import EditFile
 from .errors import CheckpointError, ConfigError, RealEraWarning
-from .layouts import unet_prefixes
+from .layouts import EMA, unet_prefixes
 from .lora_layout import Layout, original_path, single_layout
 from .modelspec import check_given, kind_of, of_lora, seal
 from .projections import Projection, selected
@@ -153,7 +153,7 @@ def export_lora(
 
 def _others(denoisers: Iterable[Denoiser]) -> tuple[str, ...]:
     """Networks that a LoRA does not reach; EMA copies are never drawn with."""
-    return tuple(denoiser.name for denoiser in denoisers if denoiser.name != "model_ema")
+    return tuple(denoiser.name for denoiser in denoisers if denoiser.name != EMA)
 
 
 class _Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -13,7 +14,8 @@ from .embeddings import PromptEncoder
 from .errors import CheckpointError
 from .file_encoders import find_encoders, load_encoders
 from .fingerprint import EncoderSource, file_encoders, stored_encoders
-from .layouts import MAIN, ema_projections, file_projections, unet_prefixes
+from .layouts import EMA, MAIN, ema_projections, file_projections, unet_prefixes
+from .lora_layout import single_layout
 from .tensorfile import TensorFile, open_tensors
 
 # Nothing of the pickle is run: weights_only. Each tensor is cloned, since the format stores no views.
@@ -23,6 +25,7 @@ _CONVERT = (
     "s.save_file({{k: v.clone() for k, v in d.items() if hasattr(v, 'clone')}}, '{new}')\""
 )
 
+_COMPONENTS = {"control_model": "controlnet"}  # network in a file -> component of a folder
 _NO_ENCODER = (
     "holds no text encoder of Stable Diffusion 1.x, 2.x or XL (cond_stage_model.*, conditioner.*). Give a diffusers "
     "folder of the same family, whose text encoder it was trained with: --text-encoder DIR (text_encoder=)"
@@ -39,6 +42,17 @@ class SingleFile(Checkpoint):
     @property
     def file(self) -> TensorFile:
         return self.denoisers[0].files[0]
+
+    @cached_property
+    def diffusers_names(self) -> dict[tuple[str, str], tuple[str, str]]:
+        """(network, weight) -> (component, weight) in a diffusers folder; no EMA copies, which draw nothing."""
+        found: dict[tuple[str, str], tuple[str, str]] = {}
+        for place, one in enumerate(self.denoisers):
+            if one.name != EMA:
+                component = _COMPONENTS.get(one.name, one.name) if place else "unet"
+                paths = single_layout(self.file, one).paths
+                found |= {(one.name, name): (component, f"{path}.weight") for name, path in paths.items()}
+        return found
 
 
 def open_single(
@@ -78,7 +92,7 @@ def open_single(
         denoisers.append(Denoiser(name, {}, (file,), file_projections(shapes, prefix, *widths, str(path))))
         copies = ema_projections(shapes, denoisers[-1].projections, str(path)) if prefix == MAIN else ()
         if copies:
-            denoisers.append(Denoiser("model_ema", {}, (file,), copies))
+            denoisers.append(Denoiser(EMA, {}, (file,), copies))
     return SingleFile(path, encoder, tuple(denoisers), ())
 
 

@@ -22,7 +22,7 @@ from .fingerprint import check_encoders, loaded_encoders, stored_encoders, width
 from .hub import resolve
 from .pipeline import LoadedPipeline
 from .projections import selected
-from .singlefile import open_single, single_encoders
+from .singlefile import single_encoders
 from .solve import Factor, Solution
 from .writer import check_outside
 
@@ -118,15 +118,14 @@ def open_target(
         raise CheckpointError(
             f"{root}: has its own text encoder; --text-encoder is for single files of the U-Net alone"
         )
-    if root.is_dir():
+    if os.path.isfile(root):
+        encoders = single_encoders(root, text_encoder, variant)
+    elif root.is_dir():
         encoders = stored_encoders(root, variant)
-        check_encoders(file.encoders, encoders, str(root), force=force_encoder)
-        return open_checkpoint(root, variant=variant, progress=progress, widths=widths(encoders))
-    if not os.path.isfile(root):
+    else:
         return open_checkpoint(root)  # raises: there is no such model
-    encoders = single_encoders(root, text_encoder, variant)
     check_encoders(file.encoders, encoders, str(root), force=force_encoder)
-    return open_single(root, text_encoder=text_encoder, variant=variant, progress=progress, widths=widths(encoders))
+    return open_checkpoint(root, progress=progress, widths=widths(encoders))
 
 
 def _as_edit(file: EditFile) -> Edit:

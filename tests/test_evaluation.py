@@ -22,7 +22,7 @@ from realera_edit.evaluation_config import EvaluationConfig, parse_numbers
 from realera_edit.evaluation_map import _plane
 from realera_edit.evaluation_plan import read_known
 from realera_edit.generate import Drawing, PictureFolder, draw, fingerprint, open_pipeline
-from realera_edit.judges import FunctionJudge, Verdicts
+from realera_edit.judges import SHIPPED, FunctionJudge, Verdicts, reference_judge
 from realera_edit.metrics import harmonic, pixel_distances
 
 CONFIG = EvaluationConfig(seeds=(0, 1), steps=2, guidance=3.0, far=3, neighbours=2, alias_count=2, residue=1)
@@ -108,7 +108,7 @@ def test_record_has_every_part_and_is_json(found: Any, place: Path) -> None:
     assert set(data) >= KEYS
     assert data["format"] == "realera-edit evaluation 1"
     assert data["erased"] == ["cat"]
-    assert data["model"] == {"original": str(place / "model"), "edited": str(place / "edited")}
+    assert data["model"] == {"original": "model", "edited": "edited"}
     assert data["recipe"] == json.loads((place / "edited" / "realera_edit.json").read_text("utf-8"))
     assert data["judge"] == {"name": "nearest", "concepts": 12}
     assert data["settings"]["seeds"] == [0, 1]
@@ -331,13 +331,65 @@ def test_command(place: Path, judge: FunctionJudge, tmp_path: Path, monkeypatch:
     assert "drawing" not in again.stderr
 
 
-def test_command_at_fault(place: Path, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore::realera_edit.errors.RealEraWarning")  # a judge of other pictures
+def test_what_may_be_published_names_no_folder_of_the_machine(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge, prompts, out = tmp_path / "ours.safetensors", tmp_path / "own prompts.csv", tmp_path / "out"
+    judge.symlink_to(SHIPPED)
+    label = reference_judge().labels[0]
+    prompts.write_text("kind,prompt,truth\n" + "".join(f"{kind},a cat,{label}\n" for kind in "egnsr"))
+    first = ("evaluate", place / "model", f"{place}/edited/", f"--out={out}", "--judge", f"reference:{judge}")
+    typed = [str(word) for word in (*first, "--prompts", prompts, "--template", "/ {}", "--steps", 1, "--seeds", 0)]
+    monkeypatch.setattr("sys.argv", ["realera-edit", *typed])
+    said = run(*typed)
+    assert said.exit_code == 0, said.stderr
+    data = json.loads((out / "evaluation.json").read_text("utf-8"))
+    assert data["command"] == (
+        "realera-edit evaluate model edited --out=out --judge reference:ours.safetensors "
+        "--prompts 'own prompts.csv' --template '/ {}' --steps 1 --seeds 0"
+    )
+    assert data["model"] == {"original": "model", "edited": "edited"}
+    assert (data["settings"]["prompts"], data["judge"]["name"]) == ("own prompts.csv", "reference:ours.safetensors")
+    assert data["recipe"]["concepts"][0]["name"] == "cat"
+    for written in (path for path in out.rglob("*") if path.suffix in (".json", ".html")):
+        for folder in (place, tmp_path, Path.cwd()):
+            assert str(folder) not in written.read_text("utf-8"), written
+
+
+def test_a_relative_path_stays_as_it_was_typed(
+    place: Path, judge: FunctionJudge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("realera_edit.evaluation.open_judge", lambda *_: judge)
+    monkeypatch.chdir(place)
+    typed = [
+        "evaluate",
+        "./model",
+        str(place / "edited"),
+        "-o",
+        str(tmp_path / "out"),
+        "--steps",
+        "2",
+        "--guidance",
+        "3",
+    ]
+    monkeypatch.setattr("sys.argv", ["realera-edit", *typed])
+    small = ("--seeds", "0-1", "--far", "2", "--neighbours", "2", "--residue", "0")
+    data = json.loads(run(*typed, *small, "--json").stdout)
+    assert data["command"] == "realera-edit evaluate ./model edited -o out --steps 2 --guidance 3"
+    assert data["model"] == {"original": "model", "edited": "edited"}
+
+
+def test_command_at_fault(place: Path, single: Path, tmp_path: Path) -> None:
     models = (place / "model", place / "edited")
     cases = {
         (*models, "--judge", "oracle"): (1, "judge 'oracle': expected reference"),
         (*models, "--seeds", "x"): (1, "write a range such as 0-3"),
         (*models, "--far", "-1"): (1, "far = -1"),
-        (place / "gone", place / "edited", "--concept", "cat", "--judge", "python:no:where"): (1, "cannot be imported"),
+        (*models, "--judge", "python:no:where"): (1, "cannot be imported"),
+        (place / "gone", place / "edited"): (1, "gone/model_index.json: no such file"),
+        (place / "model", place / "gone", "--concept", "cat"): (1, "gone/model_index.json: no such file"),
+        (place / "model", single, "--concept", "cat"): (1, "pictures are drawn from diffusers folders"),
         (*models, "--alias", "puss"): (2, "--alias goes with exactly one --concept"),
     }
     for args, (code, message) in cases.items():

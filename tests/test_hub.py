@@ -14,6 +14,7 @@ from huggingface_hub import constants
 
 from realera_edit import edit_model, reference_model
 from realera_edit.errors import CheckpointError
+from realera_edit.generate import drawable
 from realera_edit.hub import public_name, resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -63,6 +64,7 @@ def test_a_cached_model_is_edited_offline(sd1: Path, hub_cache: Path, tmp_path: 
 def test_a_revision(sd1: Path, hub_cache: Path) -> None:
     snapshot = fill(hub_cache, sd1, ref="other")
     assert resolve("owner/tiny", "other") == resolve("owner/tiny", COMMIT) == snapshot
+    assert drawable("owner/tiny", "other") == snapshot
     with pytest.raises(CheckpointError, match="owner/tiny: no such folder, not in the hub cache"):
         resolve("owner/tiny")
 

@@ -167,3 +167,15 @@ def test_the_command(models: tuple[Path, Path], tmp_path: Path) -> None:
     judged = run(*args, "--judge", "oracle")
     assert (judged.exit_code, judged.stderr.count("\n")) == (1, 1)
     assert "judge 'oracle': expected reference" in judged.stderr
+
+
+def test_a_model_that_cannot_be_drawn_is_told_of_first(
+    models: tuple[Path, Path], single: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("realera_edit.attack_run.attack_model", lambda *_, **__: pytest.fail("attacked"))
+    for args in ([models[0], "--edited", single], [single, "--edited", models[1]]):
+        said = run("attack", *args, "cat", "--inversion", "2")
+        assert (said.exit_code, said.stderr.count("\n")) == (1, 1)
+        assert "model.safetensors: pictures are drawn from diffusers folders" in said.stderr
+    with pytest.raises(CheckpointError, match=r"gone/model_index\.json: no such file"):
+        invert_model(models[0], single.parent / "gone", "cat")

@@ -182,6 +182,7 @@ def test_clip_judge_is_clip(clip: Path) -> None:
     from transformers import CLIPModel, CLIPTokenizer
 
     judge, shown = open_judge(f"clip:{clip}", LABELS), pictures(4, 32)
+    assert judge.name == f"clip:{clip.name}"  # records of it may be published
     found = judge(shown)
     assert isinstance(judge, ClipJudge)
     tokens = CLIPTokenizer.from_pretrained(str(clip))
@@ -221,6 +222,7 @@ def test_classifier_judge_is_the_classifier(classifier: Path) -> None:
     from transformers import ViTForImageClassification
 
     judge, shown = open_judge(f"classifier:{classifier}", ("ignored",)), pictures(6, 16)
+    assert judge.name == f"classifier:{classifier.name}"
     found = judge(shown)
     assert judge.labels == LABELS
     x = (torch.tensor(shown).permute(0, 3, 1, 2) / 255 - 0.5) / 0.25
