@@ -26,6 +26,7 @@ from benchmarks import common
 from benchmarks.reference_model.pictures import DEFAULT_CACHE, read_concepts
 from benchmarks.reference_model.sampler import encode, load_pipeline
 from benchmarks.reference_model.splits import aliases, split_of
+from benchmarks.reference_model.texts import fixed_aliases
 from realera_edit import EditConfig, RealEraWarning, edit_model
 from realera_edit.metrics import harmonic
 
@@ -61,7 +62,8 @@ class Readings:
         self.own = [self.outputs([t.format(label) for label in self.labels]) for t in TEMPLATES]
         ends = torch.nn.functional.normalize(encode(self.pipe, self.labels)[:, -1].detach(), dim=1)
         self.similarity = ends @ ends.T
-        self.aliases = self._aliases(aliases(concepts, DEFAULT_CACHE))
+        fixed = fixed_aliases()
+        self.aliases = self._aliases(fixed if fixed.keys() == set(self.labels) else aliases(concepts, DEFAULT_CACHE))
 
     @torch.inference_mode()
     def outputs(self, prompts: Sequence[str]) -> Tensor:
