@@ -126,6 +126,9 @@ def test_states_that_are_not_finite_name_the_encoder(value: float, sd1: Path, tm
         ({"bos_token": "../unet"}, r"gives '\.\./unet' the number \d+, and the text encoder knows \d+ tokens"),
         ({"pad_token": "of another model"}, "gives 'of another model' the number"),
         ({"pad_token": None}, "has no padding token"),
+        ({"model_max_length": float("nan")}, "its model_max_length is nan, expected a number"),
+        ({"model_max_length": "77"}, "its model_max_length is '77', expected a number"),
+        ({"unk_token": ""}, "its unk_token, '', is not among its tokens"),
     ],
 )
 def test_a_tokenizer_with_tokens_that_the_encoder_does_not_know(
