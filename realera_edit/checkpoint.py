@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import warnings
@@ -235,9 +236,18 @@ def load_tokenizer(folder: Path) -> Any:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; the tokenizer is needed to read the concepts")
     try:
-        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers raises many kinds for a damaged tokenizer
         raise CheckpointError(f"{folder}: the tokenizer cannot be loaded: {_first_line(error)}") from error
+    length = tokenizer.model_max_length
+    if isinstance(length, bool) or not isinstance(length, (int, float)) or not 2 <= length < math.inf:
+        raise CheckpointError(f"{folder}: its model_max_length is {length!r}, expected a number; take a sound copy")
+    known = tokenizer.get_vocab()
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        token = getattr(tokenizer, name)
+        if token is not None and str(token) not in known:  # transformers looks for it without end
+            raise CheckpointError(f"{folder}: its {name}, {token!r}, is not among its tokens; take a sound copy")
+    return tokenizer
 
 
 def _text_model(folder: Path, kind: str, variant: str | None, device: str, dtype: torch.dtype | None) -> Any:

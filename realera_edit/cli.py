@@ -171,7 +171,7 @@ def inspect(path: Path, as_json: bool) -> None:
     if "encoders" in data:
         text = render_edit(data)
     else:
-        text = render(data) if "projections" in data else json.dumps(data, indent=1, ensure_ascii=False)
+        text = render(data) if "tensors" in data else json.dumps(data, indent=1, ensure_ascii=False)
     print_result(data, text, as_json, False)
 
 

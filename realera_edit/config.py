@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -16,6 +18,26 @@ PERTURBATIONS = ("none", "isotropic", "covariance")
 STRENGTHS = ((1, 0.8), (10, 0.7), (50, 0.6), (100, 0.5))
 # A robust solve moves the rest further at the same strength (docs/evaluation.md); so much less costs about the same.
 ROBUST_LESS = 0.1
+
+_KINDS = {
+    type(None): "a number or None",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    tuple: "a list of texts",
+}
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """Whether a value has the type of an option with this default."""
+    if isinstance(default, (bool, str)):
+        return isinstance(value, type(default))
+    if isinstance(default, tuple):
+        return isinstance(value, (tuple, list)) and all(isinstance(item, str) for item in value)
+    if value is None or isinstance(value, bool):
+        return value is default
+    return isinstance(value, numbers.Integral if isinstance(default, int) else numbers.Real)
 
 
 def _option(default: Any, help: str, low: float | None = None, high: float | None = None, choices: Any = None) -> Any:
@@ -71,6 +93,8 @@ class EditConfig:
     def __post_init__(self) -> None:
         for spec in fields(self):
             value, meta = getattr(self, spec.name), spec.metadata
+            if not _fits(value, spec.default):
+                raise ConfigError(f"{spec.name} = {value!r}: expected {_KINDS[type(spec.default)]}")
             if meta["choices"] is not None and value not in meta["choices"]:
                 raise ConfigError(f"{spec.name} = {value!r}: expected one of {', '.join(meta['choices'])}")
             if meta["low"] is not None and value is not None and not meta["low"] <= value <= meta["high"]:
@@ -80,6 +104,15 @@ class EditConfig:
         for template in self.contexts:
             if template.count("{}") != 1:
                 raise ConfigError(f"context {template!r}: write {{}} once, where the concept goes")
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> EditConfig:
+        """The configuration that `to_dict` gave; what it does not name is at its default. Raises `ConfigError`."""
+        unknown = [name for name in stored if name not in known_options()]
+        if unknown:
+            raise ConfigError(f"has the unknown option {unknown[0]!r}; update realera-edit")
+        options: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
+        return cls(**options)
 
     def strength_for(self, names: int) -> float:
         """`strength`, or its default for so many names in one edit, by log-linear interpolation in `STRENGTHS`.
@@ -98,3 +131,8 @@ class EditConfig:
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON types."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+def known_options() -> frozenset[str]:
+    """The names of all fields of the configuration."""
+    return frozenset(spec.name for spec in fields(EditConfig))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import __version__, algebra
+from . import __version__, algebra, forms
 from .concepts import COLUMNS, Concept
 from .config import EditConfig
 from .errors import CheckpointError, ConfigError, ProjectionError
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 _SIDES = ("left", "right", "delta")
+_PRINT = tuple(spec.name for spec in fields(EncoderPrint))
 
 
 @dataclass(frozen=True)
@@ -63,16 +64,19 @@ class EditFile:
             raise CheckpointError(f"{path}: not an edit file; write one with `erase MODEL CONCEPT --save-edit {path}`")
         try:
             data = json.loads(text)
-            version = data.pop("format")
+            if not isinstance(data, dict):
+                raise ValueError("its recipe is not a mapping")
+            version = data.pop("format", None)
             if version != FORMAT:
                 raise CheckpointError(
                     f"{path}: has format {version!r}, this version reads {FORMAT}; update realera-edit"
                 )
-            encoders = tuple(EncoderPrint(**entry) for entry in data.pop("encoders"))
+            forms.check(data, forms.edit)
+            encoders = tuple(EncoderPrint(**{name: entry[name] for name in _PRINT}) for entry in data.pop("encoders"))
             edit = cls(_required(file), _factor(file, "pooled"), encoders, data)
             _check(edit, path)
-        except (LookupError, TypeError, ValueError, AttributeError, RecursionError, ConfigError) as error:
-            raise CheckpointError(f"{path}: is damaged ({type(error).__name__}: {error}); take a sound copy") from error
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{path}: is damaged ({error}); take a sound copy") from error
         return edit
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
@@ -124,9 +128,7 @@ class EditFile:
     @property
     def config(self) -> EditConfig:
         """The configuration (of a composed edit: that of the first part; the others' are in its history)."""
-        given = self.recipe["config"]
-        options: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-        config = EditConfig(**options)
+        config = EditConfig.of(self.recipe["config"])
         return config if self.encoders[-1].pooled is None else replace(config, pooled=self.pooled is not None)
 
     @property
@@ -243,23 +245,11 @@ def _factor(file: TensorFile, space: str) -> Factor | None:
 
 
 def _check(edit: EditFile, path: str | Path) -> None:
-    """Everything that later calls rely on; raises whatever error the damage leads to."""
+    """What the forms of the parts do not tell: that they belong together, and that this version knows them all."""
     width, pooled = widths(edit.encoders)
     if edit.cross.width != width or (edit.pooled is not None and edit.pooled.width != pooled):
         raise ValueError(f"its factors do not fit text spaces of width {width} and {pooled}")
-    for encoder in edit.encoders:
-        hashes, sizes = (encoder.structure, encoder.float16, encoder.bfloat16), (encoder.width, encoder.pooled or 0)
-        if not all(isinstance(v, str) for v in hashes) or not all(isinstance(v, int) for v in sizes):
-            raise ValueError("its record of the text encoders is malformed")
-    known = {spec.name for spec in fields(EditConfig)}
-    unknown = [name for name in edit.recipe["config"] if name not in known]
-    if unknown:
-        raise CheckpointError(f"{path}: has the unknown option {unknown[0]!r}; update realera-edit")
-    rows = edit.recipe["concepts"]
-    if not rows or not all(isinstance(row[key], dict) for row in rows for key in ("residual", "near", "words")):
-        raise ValueError("its recipe is incomplete")
-    kept = (*edit.recipe["preserve"], *edit.recipe.get("prior", ()))
-    texts = [edit.recipe["text_encoder"], *kept, *(n for c in edit.concepts for n in c.names)]
-    if not all(isinstance(text, str) for text in texts) or not isinstance(edit.recipe["drift"], dict):
-        raise ValueError("its recipe is malformed")
-    _ = edit.recipe["spaces"]["cross"], _unmeasured([edit]), edit.config, edit.report()
+    try:
+        _ = edit.config
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error

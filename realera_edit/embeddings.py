@@ -12,8 +12,9 @@ import torch
 from tqdm import tqdm
 
 from .contexts import Filled, Span, find_span
-from .errors import EncodingError
+from .errors import CheckpointError, EncodingError
 from .prefixes import batches, encode_rows
+from .tensorfile import all_finite
 
 # Distinct prefixes in one batch: what fits a CPU's caches, and what fills a GPU.
 CPU_PREFIXES = 1024
@@ -70,6 +71,7 @@ class PromptEncoder:
             if [tuple(ids) for ids in _ids(tokenizer, prompts)] != rows:
                 raise EncodingError("the model's two tokenizers split the same text differently; this is not supported")
         tokenizer = self.pairs[0][0]
+        self._check_known(rows)
         for prompt, ids in zip(prompts, rows, strict=True):
             if len(ids) > self.max_length:
                 raise EncodingError(
@@ -79,6 +81,20 @@ class PromptEncoder:
             if tokenizer.unk_token_id in ids[1:-1] or tokenizer.eos_token_id in ids[1:-1]:
                 raise EncodingError(f"{_short(prompt)} has characters that the model's tokenizer cannot represent")
         return rows
+
+    def _check_known(self, rows: Sequence[tuple[int, ...]]) -> None:
+        """`CheckpointError` for a token that an encoder has no row for: of a damaged tokenizer, or another model's."""
+        used = {token for ids in rows for token in ids}
+        for tokenizer, model in self.pairs:
+            count, where = int(model.get_input_embeddings().num_embeddings), _place(tokenizer, "the tokenizer")
+            if tokenizer.pad_token_id is None:
+                raise CheckpointError(f"{where}: has no padding token; take a sound copy")
+            strange = [token for token in (tokenizer.pad_token_id, *sorted(used)) if not 0 <= token < count]
+            if strange:
+                raise CheckpointError(
+                    f"{where}: gives {tokenizer.convert_ids_to_tokens(strange[0])!r} the number {strange[0]}, and the "
+                    f"text encoder knows {count} tokens: it is damaged, or another model's; take a sound copy"
+                )
 
     def spans(self, filled: Sequence[Filled]) -> list[Span]:
         """Token positions of the phrase in each filled template."""
@@ -145,6 +161,12 @@ class PromptEncoder:
                 states, top = self._masked(model, rows, padded), None
             else:
                 states, top = encode_rows(model, padded, self.penultimate, [len(row) - 1 for row in rows])
+            # of finite weights, too: a damaged configuration, or half precision that overflows
+            if not all_finite(torch.cat(states)) or not (top is None or all_finite(top)):
+                raise CheckpointError(
+                    f"{_place(model, 'the text encoder')}: its states contain NaN or inf, though its weights do not: "
+                    f"config.json is damaged, or {model.dtype} too narrow; take a sound copy, or compute in float32"
+                )
             parts.append(states)
             pooled = top.float() if top is not None else pooled
         return [torch.cat([part[i] for part in parts], dim=-1).float() for i in range(len(rows))], pooled
@@ -172,6 +194,11 @@ class PromptEncoder:
                     digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
                     digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+
+def _place(part: Any, otherwise: str) -> str:
+    """Where a tokenizer or model was loaded from, as far as it tells."""
+    return str(getattr(part, "name_or_path", "") or otherwise)
 
 
 def _ids(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:

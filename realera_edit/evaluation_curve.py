@@ -26,8 +26,11 @@ _SAME = 0.05
 
 
 def config_of(record: Mapping[str, Any]) -> EditConfig:
-    """The configuration of a record."""
-    return EditConfig(**{**record["config"], "contexts": tuple(record["config"]["contexts"])})
+    """The configuration of a record. Raises `ConfigError` for one of a later version."""
+    try:
+        return EditConfig.of(record["config"])
+    except ConfigError as error:
+        raise ConfigError(f"{RECORD}: {error}") from error
 
 
 def recipe_of(record: Mapping[str, Any], count: int | None = None) -> tuple[Concept, ...]:

@@ -223,6 +223,7 @@ def _build(
     kind = transformers.CLIPTextModelWithProjection if stored.projects else transformers.CLIPTextModel
     with torch.device("meta"):  # no random weights are drawn only to be replaced
         model = kind(transformers.CLIPTextConfig(**fields, **special))
+    model.name_or_path = f"{file.path} ({stored.prefix}*)"  # for messages, as a folder's model has it
     model = model.to(dtype).to_empty(device="cpu").requires_grad_(False)
     for name, buffer in model.named_buffers():
         if name.endswith("position_ids"):

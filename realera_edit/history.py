@@ -8,16 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__
+from . import __version__, forms
 from .checkpoint import UNDO_FILE, read_json
 from .errors import CheckpointError, RealEraWarning
-from .report import render
 from .tensorfile import TensorFile
 
 RECORD = "realera_edit.json"
 METADATA_KEY = "realera_edit"
 PIPELINE = "the pipeline"  # what a record calls a model that was loaded by the caller
-_SIDES = ("before", "after")
 
 
 def sidecars(path: Path) -> tuple[Path, Path]:
@@ -46,10 +44,14 @@ def recipe_in(file: TensorFile) -> dict[str, Any] | None:
         return None
     try:
         recipe = json.loads(text)
+        if not isinstance(recipe, dict):
+            raise ValueError("not a mapping")
+        # a file of original weights, and one that was undone, have no concepts
+        forms.check(recipe, forms.recipe if "concepts" in recipe else forms.anything)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file.path}: the record in its header is damaged: {error}") from error
-    if not isinstance(recipe, dict):
-        raise CheckpointError(f"{file.path}: the record in its header is damaged: not a mapping")
+        raise CheckpointError(
+            f"{file.path}: the record in its header is damaged: {error}; take a sound copy"
+        ) from error
     return recipe
 
 
@@ -57,15 +59,9 @@ def read_record(path: Path) -> dict[str, Any]:
     """A record whose form is sound. Raises `CheckpointError`."""
     data = read_json(path)
     try:
-        render(data)
-        records = [data, *(old for old in data.get("previous", ()) if "tensors" in old)]
-        files = [file for one in records for file in one["tensors"].values()]
-        hashes = [pair[side] for file in files for pair in file.values() for side in _SIDES]
-        sound = all(isinstance(value, str) for value in hashes) and all(recipe_of(one) for one in records)
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"{path}: is damaged ({type(error).__name__}: {error}); take a sound copy") from error
-    if not sound:
-        raise CheckpointError(f"{path}: is damaged: its hashes are not text; take a sound copy")
+        forms.check(data, forms.record)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is damaged ({error}); take a sound copy") from error
     return data
 
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from .config import EditConfig
+
 _SHOWN = 12
 _CHANGES = {"k": "keys", "v": "values"}
 
@@ -63,7 +65,7 @@ def render_edit(data: Mapping[str, Any]) -> str:
         lines.append(f"{name:<10} {space['form']}, rank {space['rank']} of {space['width']}")
     for encoder in data["encoders"]:
         lines.append(f"encoder    {encoder['structure']}; {encoder['float16'][:12]} as rounded to float16")
-    lines.append(f"changes    {', '.join(_CHANGES[role] for role in data['config']['edit'])}")
+    lines.append(f"changes    {', '.join(_CHANGES[role] for role in EditConfig.of(data['config']).edit)}")
     lines.append("")
     for concept in data["concepts"][:_SHOWN]:
         aliases = f" (with {', '.join(concept['aliases'])})" if concept["aliases"] else ""

@@ -111,6 +111,35 @@ def test_a_wrong_width_in_the_config(value: Any, sd1: Path) -> None:
         erase(sd1)
 
 
+@pytest.mark.parametrize("value", [float("-inf"), 1e308, float("nan")])
+def test_states_that_are_not_finite_name_the_encoder(value: float, sd1: Path, tmp_path: Path) -> None:
+    """Of weights that are: a damaged configuration."""
+    set_json(sd1 / "text_encoder" / "config.json", layer_norm_eps=-abs(value))
+    with pytest.raises(CheckpointError, match=r"sd1/text_encoder: its states contain NaN or inf.* config\.json"):
+        erase(sd1, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"sd1"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bos_token": "../unet"}, r"gives '\.\./unet' the number \d+, and the text encoder knows \d+ tokens"),
+        ({"pad_token": "of another model"}, "gives 'of another model' the number"),
+        ({"pad_token": None}, "has no padding token"),
+        ({"model_max_length": float("nan")}, "its model_max_length is nan, expected a number"),
+        ({"model_max_length": "77"}, "its model_max_length is '77', expected a number"),
+        ({"unk_token": ""}, "its unk_token, '', is not among its tokens"),
+    ],
+)
+def test_a_tokenizer_with_tokens_that_the_encoder_does_not_know(
+    changes: dict[str, Any], message: str, sd1: Path, tmp_path: Path
+) -> None:
+    set_json(sd1 / "tokenizer" / "tokenizer_config.json", **changes)
+    with pytest.raises(CheckpointError, match=rf"sd1/tokenizer: {message}"):
+        erase(sd1, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"sd1"}
+
+
 # Weights
 
 

@@ -188,10 +188,13 @@ def broken(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
         r"unknown option 'colour'; update": {**data, "config": {**data["config"], "colour": 1}},
         r"is damaged .*strength = 3": {**data, "config": {**data["config"], "strength": 3}},
         r"is damaged .*'concepts'": {k: v for k, v in data.items() if k != "concepts"},
-        r"is damaged .*incomplete": {**data, "concepts": []},
+        r"is damaged .*concepts is \[\], expected a list that is not empty": {**data, "concepts": []},
         r"is damaged .*text spaces of width 97": {**data, "encoders": [{**data["encoders"][0], "width": 97}]},
-        r"is damaged .*text encoders is malformed": {**data, "encoders": [{**data["encoders"][0], "float16": 3}]},
-        r"is damaged .*TypeError": {**data, "encoders": [{"width": 96}]},
+        r"is damaged .*encoders\[0\]\.float16 is 3, expected text": {
+            **data,
+            "encoders": [{**data["encoders"][0], "float16": 3}],
+        },
+        r"is damaged .*encoders\[0\] has no 'pooled'": {**data, "encoders": [{"width": 96}]},
     }
 
 

@@ -30,8 +30,10 @@ from safetensors.torch import load_file
 
 from realera_edit import EditFile, RealEraWarning
 from realera_edit.apply import apply_factor
+from realera_edit.front_matter import CARD
 from realera_edit.history import sidecars
 from realera_edit.provenance import RECORD, UNDO
+from realera_edit.readme import has_section, without
 from realera_edit.tensorfile import DTYPES
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits of memory and time as Linux has them")
@@ -73,6 +75,8 @@ def sound(pristine: Build, pristine_single: Build, tmp_path_factory: pytest.Temp
     base = tmp_path_factory.mktemp("sound")
     shutil.copytree(pristine("sd1"), base / "folder")
     shutil.copytree(pristine("sd1", torch.float32, None, "400KB"), base / "sharded")
+    for name in ("folder", "sharded"):
+        (base / name / CARD).write_text("---\nlicense: mit\n---\n# A tiny model\n", encoding="utf-8")
     place = pristine_single("tiny-sd15")
     (base / "single").mkdir()
     (base / "done").mkdir()
@@ -145,8 +149,12 @@ def check_edited(model: Path, out: Path, edit: EditFile | None) -> None:
         loads_alike(source, target)
     if model.is_dir():
         left, right = tree(model), tree(out)
-        for relative in left.keys() - record["tensors"].keys() - {RECORD, UNDO}:
+        for relative in left.keys() - record["tensors"].keys() - {RECORD, UNDO, CARD}:
             assert right.get(relative, left[relative]) == left[relative]
+        # of the card, our section is written anew, and the rest stays
+        old_card, new_card = ((folder / CARD).read_text(encoding="utf-8") for folder in (model, out))
+        assert has_section(new_card)
+        assert without(new_card) == without(old_card)
 
 
 def loads_alike(source: Path, target: Path) -> None:
