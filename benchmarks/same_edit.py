@@ -1,8 +1,8 @@
 """Whether an edit by file and the same edit of a loaded pipeline give the same weights, at the model's true shapes.
 
 `python -m benchmarks.same_edit --model DIR --concepts 10` edits a diffusers folder with `edit_model`, loads the result
-as a pipeline in the dtype of its files, edits the loaded original, compares every tensor of the two denoisers, and takes
-one step of the edited one. The last line is one JSON object.
+as a pipeline in the dtype of its files, edits the loaded original, compares every tensor of the two denoisers, and
+takes one step of the edited one. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def main() -> int:
         "versions": common.versions(),
         **found,
     }
-    print(f"{found['tensors']} tensors, {found['changed']} changed, {found['differing']} differ between file and memory")
+    print(
+        f"{found['tensors']} tensors, {found['changed']} changed, {found['differing']} differ between file and memory"
+    )
     print(json.dumps(record))
     return int(bool(found["differing"]) or not found["changed"] or not found["step_is_finite"])
 

@@ -85,7 +85,7 @@ class EditConfig:
         True, 'Also preserve the last word of a lower-case name, if it is a frequent word: "face" of "cat face".'
     )
     ridge: float = _option(0.03, "Weight of |W'-W|^2, in mean eigenvalues of the kept statistics.", 1e-12, 1e6)
-    robust: int = _option(0, "Rounds of closed-form attack and solve, with a ridge of 3 or more (0: none; 2 are enough).", 0, 20)
+    robust: int = _option(0, "Rounds of attack and solve in closed form, with a ridge of 3 or more (0: none).", 0, 20)
     edit: str = _option("kv", "Which projections to edit: keys, values or both.", choices=("kv", "k", "v"))
     pooled: bool = _option(True, "Also edit the pooled text path (SDXL's add_embedding).")
     seed: int = _option(0, "Seed of the random neighbours.", 0, 2**63 - 1)
