@@ -20,7 +20,7 @@ import torch
 
 from benchmarks import common
 from benchmarks.clip_tokenizer import invented_names
-from realera_edit import edit_model
+from realera_edit import EditConfig, edit_model
 
 PRESERVE = ("dog", "guitar")
 SIZE = 64  # pixels of the one step: small, since a processor multiplies 16-bit numbers slowly
@@ -39,18 +39,19 @@ def load(model: Path) -> Any:
     return pipe
 
 
-def compared(model: Path, names: list[str], work: Path) -> dict[str, Any]:
+def compared(model: Path, names: list[str], work: Path, config: EditConfig) -> dict[str, Any]:
     """Seconds of both edits, how many tensors there are, changed and differ, and the largest difference."""
     start = time.perf_counter()
-    edit_model(str(model), names, preserve=PRESERVE).save(work / "out", undo=False)
+    edit_model(str(model), names, preserve=PRESERVE, config=config).save(work / "out", undo=False)
     filed = time.perf_counter() - start
     pipe = load(model)
     before = {name: value.clone() for name, value in pipe.unet.state_dict().items() if "attn2.to_" in name}
     start = time.perf_counter()
-    edit_model(pipe, names, preserve=PRESERVE)
+    edit_model(pipe, names, preserve=PRESERVE, config=config)
     edited = time.perf_counter() - start
     memory = pipe.unet.state_dict()
     changed = sum(not torch.equal(memory[name], value) for name, value in before.items())
+    del pipe  # all but its denoiser: two whole pipelines would not fit beside each other
     saved = load(work / "out")
     written = saved.unet.state_dict()
     differing = {name: float((memory[name].double() - written[name].double()).abs().max()) for name in memory}
@@ -73,11 +74,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="a folder such as benchmarks.shapes writes")
     parser.add_argument("--concepts", type=int, default=10)
+    parser.add_argument("--prior-words", type=int, default=EditConfig.prior_words, help="fewer take less time")
     parser.add_argument("--work", type=Path, help="where the edited folder is made and removed  [default: beside]")
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(dir=options.work or options.model.parent))
     try:
-        found = compared(options.model, invented_names(options.concepts), work)
+        config = EditConfig(prior_words=options.prior_words)
+        found = compared(options.model, invented_names(options.concepts), work, config)
     finally:
         shutil.rmtree(work)
     record = {

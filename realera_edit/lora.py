@@ -156,6 +156,11 @@ def _others(denoisers: Iterable[Denoiser]) -> tuple[str, ...]:
     return tuple(denoiser.name for denoiser in denoisers if denoiser.name != EMA)
 
 
+def _change(weight: Tensor, factor: Factor) -> Tensor:
+    """W (M - I), in the order that costs least."""
+    return weight @ factor.left if factor.right is None else (weight @ factor.left) @ factor.right
+
+
 class _Plan:
     """The tensors of an export, layer by layer, and what was lost of each."""
 
@@ -190,7 +195,7 @@ class _Plan:
         # kohya's readers multiply by alpha / rank. One alpha for all layers, since diffusers mixes up different ones
         factor_up = 1.0 if self.format == "diffusers" else rank / ALPHA
         up, down = self.cast(up * factor_up, path), self.cast(down, path)
-        change = weight @ factor.delta()
+        change = _change(weight, factor)
         lost = float((up.double() / factor_up @ down.double() - change).norm() / change.norm().clamp_min(1e-300))
         self.layers.append(Layer(path, rank, lost))
         if factor.width < shape[1]:  # the pooled path: its other columns are size ids
@@ -210,7 +215,7 @@ class _Plan:
         """The bytes of one whole dW."""
         weight, path = file.read(name).to(torch.float64), self.layout.paths[name]
         text = weight[:, : factor.width]
-        change = text @ factor.delta() if factor.right is None else (text @ factor.left) @ factor.right
+        change = _change(text, factor)
         stored = self.cast(change, path)
         lost = float((stored.double() - change).norm() / change.norm().clamp_min(1e-300))
         self.layers.append(Layer(path, min(factor.rank, *change.shape), lost))
