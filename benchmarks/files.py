@@ -107,6 +107,8 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         cache.mkdir()
         model, words = build(options.shape, options.format == "single", options.seed, work, cache)
         names = invented_names(options.concepts)
+        if options.prior_words is not None:
+            words = [*words, "--prior-words", str(options.prior_words)]
         erase = [sys.executable, "-m", "realera_edit", "erase", str(model), *names, *words]
         common.spawn([*erase, "--save-edit", str(place / "edit.safetensors"), "--quiet"], cache)
         taken = [round_of(model, words, names, place, cache) for _ in range(options.rounds)]
@@ -135,6 +137,9 @@ def main() -> None:
     parser.add_argument("--format", choices=("single", "folder"), default="single")
     parser.add_argument("--work", type=Path, help="where the model is kept, and copies are made  [default: temporary]")
     parser.add_argument("--concepts", type=int, default=10)
+    parser.add_argument(
+        "--prior-words", type=int, help="of the edit; fewer are sooner encoded, once  [default: `erase`'s]"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
     parser.add_argument("--json", type=Path, help="file to write the record to")
