@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +33,7 @@ class Anchors:
 def build_anchors(
     encoder: PromptEncoder,
     prior: Prior | None,
-    preserve: Sequence[str],
+    preserve: Mapping[str, float],
     rim: Sequence[str],
     erased_words: Sequence[str],
     config: EditConfig,
@@ -42,11 +42,10 @@ def build_anchors(
 
     `erased_words`: entries of the prior that go with a concept; their share is taken out of the prior, or it would
     pull back what is erased. `rim`: words just outside a neighbourhood (beyond-concept anchors, weight
-    `RIM_WEIGHT`). `preserve`: names or prompts, weight `config.preserve_weight` each. One weight unit is one word of
-    the prior.
+    `RIM_WEIGHT`). `preserve`: names or prompts, and the weight of each. One weight unit is one word of the prior.
     """
     templates = CONTEXTS[config.kind][:PRESERVE_CONTEXTS]
-    entries = [(_held_prompts(name, templates), config.preserve_weight) for name in preserve]
+    entries = [(_held_prompts(name, templates), weight) for name, weight in preserve.items()]
     # the prior holds each word of the rim in a context already; once more by itself is enough
     entries += [([word], RIM_WEIGHT) for word in rim]
     encoded = iter(encoder.encode([p for prompts, _ in entries for p in prompts], config.padding, label="preserved"))

@@ -158,11 +158,14 @@ def _anchors(
     config: EditConfig,
 ) -> Anchors:
     erased = {group.name.lower() for group in groups}
+    held = dict.fromkeys(preserve, config.preserve_weight)
     if config.hold_class and prior is not None:
-        preserve = [*preserve, *class_words(concepts, config.kind, prior.words, erased.union(map(str.lower, preserve)))]
+        words = class_words(concepts, config.kind, prior.words, erased.union(map(str.lower, preserve)))
+        # the more goes, the less room is left to hold each class (docs/defaults.md)
+        held |= dict.fromkeys(words, config.preserve_weight / len(groups))
     rim = dict.fromkeys(word for row in hoods for hood in row for word, _ in hood.outside if word.lower() not in erased)
     taken = [] if prior is None else [word for word in prior.words if word.lower() in erased]
-    return build_anchors(encoder, prior, preserve, list(rim), taken, config)
+    return build_anchors(encoder, prior, held, list(rim), taken, config)
 
 
 def _solve(pairs: Pairs, keep: Keep, wanted: Tensor, config: EditConfig, metric: Tensor | None = None) -> Solution:
