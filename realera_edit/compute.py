@@ -162,7 +162,7 @@ def _anchors(
     if config.hold_class and prior is not None:
         words = class_words(concepts, config.kind, prior.words, erased.union(map(str.lower, preserve)))
         # the more goes, the less room is left to hold each class (docs/defaults.md)
-        held |= dict.fromkeys(words, config.preserve_weight / len(groups))
+        held |= dict.fromkeys(words, config.preserve_weight / len(concepts))
     rim = dict.fromkeys(word for row in hoods for hood in row for word, _ in hood.outside if word.lower() not in erased)
     taken = [] if prior is None else [word for word in prior.words if word.lower() in erased]
     return build_anchors(encoder, prior, held, list(rim), taken, config)
