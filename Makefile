@@ -41,6 +41,9 @@ bench-quality: .venv/.installed
 	$(QUALITY) --seeds 1 --concepts 50 --draws 1 --editors ours uce mace speed
 	$(QUALITY) --seeds 2 --concepts 1 --draws 4 --editors ours uce mace speed
 	$(QUALITY) --table --summary benchmarks/results/quality.json --curves docs/h4.svg
+	$(BIN)/python -m benchmarks.compare --model emoji --steps 8 --split report --judge report --seeds 1 \
+		--concepts 10 --draws 3 --editors ours mace uce speed --results benchmarks/results/report-emoji-10.jsonl \
+		--summary benchmarks/results/quality-emoji-10.json
 	$(BIN)/python -m benchmarks.compare --model emoji --fast --steps 8 --split report --judge report --seeds 1 \
 		--concepts 100 --draws 1 --editors ours mace uce speed --results benchmarks/results/report-emoji.jsonl \
 		--summary benchmarks/results/quality-100.json
