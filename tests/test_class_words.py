@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from realera_edit import Concept, EditConfig, edit_model
+from realera_edit import Concept, EditConfig, compute, edit_model
 from realera_edit.class_words import class_words
 
 COMMON = ("face", "dog", "ball", "swift")
@@ -23,6 +23,7 @@ COMMON = ("face", "dog", "ball", "swift")
         ([Concept("cat face")], ("face",), []),  # preserved or erased by name
         ([Concept("van gogh")], (), []),  # no frequent word
         ([Concept("Taylor Swift")], (), []),  # a proper name
+        ([Concept("Taylor swift")], (), []),
         ([Concept("taylor swift", kind="person")], (), []),
     ],
 )
@@ -46,6 +47,22 @@ def test_others_of_the_class_stay_closer(emoji: Path) -> None:
         moved[hold] = [float((e.states @ delta.T.float()).norm() / e.states.norm()) for e in states]
     assert moved[True][0] < 0.7 * moved[False][0]
     assert moved[True][1] < 1.5 * moved[False][1]  # the price: one more state is held, and others give way
+
+
+def test_all_concepts_share_the_weight(emoji: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[dict[str, float]] = []
+    original = compute.build_anchors
+
+    def recorded(encoder: object, prior: object, preserve: dict[str, float], *others: object) -> object:
+        held.append(dict(preserve))
+        return original(encoder, prior, preserve, *others)
+
+    monkeypatch.setattr(compute, "build_anchors", recorded)
+    config = EditConfig(preserve_weight=60.0)
+    edit_model(emoji, [Concept("wine glass", aliases=("goblet",))], preserve=["guitar"], config=config)
+    edit_model(emoji, ["wine glass", "soccer ball", "pizza"], preserve=["guitar"], config=config)
+    # an alias is no concept of its own, and what the user names keeps its weight
+    assert held == [{"guitar": 60.0, "glass": 60.0}, {"guitar": 60.0, "glass": 20.0, "ball": 20.0}]
 
 
 def test_what_is_named_is_not_held(emoji: Path) -> None:

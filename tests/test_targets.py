@@ -14,6 +14,7 @@ from realera_edit import Concept, EditConfig, edit_model
 from realera_edit.checkpoint import open_checkpoint
 from realera_edit.concepts import resolve_concepts
 from realera_edit.contexts import AVERAGE, MANY
+from realera_edit.recipe import recipe_of
 from realera_edit.targets import FEWEST, INSTEAD, THINGS, average_targets, average_words
 
 NAMES = [f"name {number}" for number in range(MANY)]
@@ -57,6 +58,18 @@ def test_an_average_target_is_solved_for(sd1: Path) -> None:
     other = edit_model(sd1, ["cat"], target="object", preserve=single, config=config)
     assert (average.edit.cross.factor.delta() - other.edit.cross.factor.delta()).norm() > 0.1
     assert average.to_dict()["concepts"][0]["target"] == AVERAGE
+
+
+@pytest.mark.filterwarnings("ignore:.* names keep more than was asked")  # of random weights
+def test_a_recipe_leaves_the_default_strength_out(sd1: Path) -> None:
+    for robust in (0, 1):
+        for strength, said in ((None, False), (0.5, True)):
+            concepts = [Concept("cat", strength=strength), "dog"]
+            data = edit_model(sd1, concepts, config=replace(QUICK, strength=None, robust=robust)).to_dict()
+            found = recipe_of(data)
+            assert found is not None
+            written = "".join((*found.commands, *found.files.values()))
+            assert ('"strength"' in written) is said, (robust, written)
 
 
 def test_the_default_strength_falls_with_the_number_of_names(sd1: Path) -> None:
