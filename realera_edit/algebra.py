@@ -154,26 +154,26 @@ def leading(values: Tensor, energy: float) -> int:
     return int(enough.nonzero()[0]) + 1
 
 
-def approximate(
-    weight: Tensor, factor: Factor, rank: int | None = None, energy: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """(up [n, r], down [r, d]), float64: the best rank-r approximation of W (M - I) in the Frobenius norm.
-
-    `weight` [n, d]. Low-rank, R^T = Q T: W (M - I) = A Q^T with A = W L T^T [n, k]; dense: A = W (M - I). The
-    singular values of A, and its vectors of one side, are those of its smaller Gram matrix (`numpy.linalg.eigh`), and
-    up down is the projection of A on the r leading ones (the Eckart-Young theorem). Both sides carry the root of each
-    singular value, so that half precision holds them. Singular values at or below 2^-24 of the greatest are left
-    out. `rank`: the most that is kept; `energy`: no more than holds this share of |W (M - I)|_F^2.
-    """
-    weight = weight.to(torch.float64)
-    basis = None
+def orthonormal(factor: Factor) -> Factor:
+    """The same edit in float64 with orthonormal rows of R (R^T = Q T: L R = L T^T Q^T); a dense one as it is."""
+    left = factor.left.to(torch.float64)
     if factor.right is None:
-        product = weight @ factor.left
-    else:
-        basis, triangle = torch.linalg.qr(factor.right.T)
-        product = (weight @ factor.left) @ triangle.T
-    tall = product.shape[0] > product.shape[1]
-    values, vectors = torch.linalg.eigh(product.T @ product if tall else product @ product.T)
+        return Factor(left, None)
+    basis, triangle = torch.linalg.qr(factor.right.to(torch.float64).T)
+    return Factor(left @ triangle.T, basis.T.contiguous())
+
+
+def truncated(matrix: Tensor, rank: int | None = None, energy: float | None = None) -> tuple[Tensor, Tensor]:
+    """(up [n, r], down [r, k]), float64: the best rank-r approximation of A [n, k] in the Frobenius norm.
+
+    The singular values of A, and its vectors of one side, are those of its smaller Gram matrix
+    (`numpy.linalg.eigh`), and up down is the projection of A on the r leading ones (the Eckart-Young theorem). Both
+    sides carry the root of each singular value, so that half precision holds them. Singular values at or below 2^-24
+    of the greatest are left out. `rank`: the most that is kept; `energy`: no more than holds this share of |A|_F^2.
+    """
+    matrix = matrix.to(torch.float64)
+    tall = matrix.shape[0] > matrix.shape[1]
+    values, vectors = torch.linalg.eigh(matrix.T @ matrix if tall else matrix @ matrix.T)
     values, vectors = values.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
     kept = max(1, int((values > ROUNDOFF * values[0]).sum()))
     if rank is not None:
@@ -182,10 +182,8 @@ def approximate(
         kept = max(1, min(kept, leading(values, energy)))
     vectors, root = vectors[:, :kept], values[:kept].sqrt().clamp_min(1e-30)
     if tall:
-        up, down = (product @ vectors) / root, root[:, None] * vectors.T
-    else:
-        up, down = vectors * root, (vectors.T @ product) / root[:, None]
-    return up, down if basis is None else down @ basis.T
+        return (matrix @ vectors) / root, root[:, None] * vectors.T
+    return vectors * root, (vectors.T @ matrix) / root[:, None]
 
 
 def _values_of_difference(first: Factor, second: Factor) -> Tensor:

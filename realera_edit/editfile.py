@@ -25,7 +25,7 @@ from .fingerprint import EncoderPrint, loaded_encoders, same_encoders, widths
 from .provenance import EDIT_FILE_KEY
 from .report import render_edit
 from .solve import Factor
-from .tensorfile import TensorFile, open_tensors, to_bytes, write_tensors
+from .tensorfile import TensorFile, open_tensors, write_tensors
 from .writer import staged_file
 
 if TYPE_CHECKING:
@@ -83,9 +83,11 @@ class EditFile:
         """Write the file, whole or not at all; `force` replaces an existing one. Raises `CheckpointError`."""
         path = Path(path)
         recipe = {**self.recipe, "format": FORMAT, "encoders": [encoder.to_dict() for encoder in self.encoders]}
-        tensors = {name: _stored(tensor) for name, tensor in self.tensors().items()}
+        told = {EDIT_FILE_KEY: json.dumps(recipe, ensure_ascii=False)}
+        tensors = self.tensors()
+        shapes = {name: ("F32", tuple(tensor.shape)) for name, tensor in tensors.items()}
         with staged_file(path, force=force, needed=self.bytes()) as temporary:
-            write_tensors(temporary, tensors, {EDIT_FILE_KEY: json.dumps(recipe, ensure_ascii=False)})
+            write_tensors(temporary, tensors.items(), shapes, lambda: told)
         return path
 
     def tensors(self) -> dict[str, Tensor]:
@@ -218,10 +220,6 @@ def _unmeasured(edits: Sequence[EditFile]) -> dict[str, Any]:
 def form(factor: Factor) -> str:
     """How a factor is stored."""
     return "dense" if factor.right is None else "low-rank"
-
-
-def _stored(tensor: Tensor) -> tuple[str, tuple[int, ...], Callable[[], Any]]:
-    return "F32", tuple(tensor.shape), lambda: to_bytes(tensor)
 
 
 def _required(file: TensorFile) -> Factor:

@@ -8,10 +8,9 @@ diffusers' own for Stable Diffusion 1.x and 2.x, and the original U-Net's for XL
 
 from __future__ import annotations
 
-import functools
 import json
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import __version__
-from .algebra import approximate
+from .algebra import orthonormal, truncated
 from .card_text import title
 from .checkpoint import Checkpoint, Denoiser, chosen_weights, read_json
 from .editfile import EditFile
@@ -32,7 +31,7 @@ from .projections import Projection, selected
 from .provenance import METADATA_KEY, origin
 from .singlefile import SingleFile
 from .solve import Factor
-from .tensorfile import DTYPES, TensorFile, all_finite, to_bytes, write_tensors
+from .tensorfile import DTYPES, TensorFile, all_finite, write_tensors
 from .transfer import open_target
 from .writer import check_outside, staged_file
 
@@ -133,18 +132,20 @@ def export_lora(
         kind = _folder_kind(source.root, unet, files)
     if others:
         warnings.warn(f"{source.where}: a LoRA reaches the U-Net alone, not {', '.join(others)}", RealEraWarning, 2)
-    wanted = selected(unet.projections, file.config.edit, file.config.pooled)
     plan = _Plan(file, layout, format, rank, energy, dtype)
-    tensors: dict[str, tuple[str, tuple[int, ...], Callable[[], Any]]] = {}
-    for projection in wanted:
-        tensors |= plan.layer(projection, files[projection.name])
-    needed = sum(_size(shape) * dtype.itemsize for _, shape, _ in tensors.values())
+    wanted = [(p, files[p.name]) for p in selected(unet.projections, file.config.edit, file.config.pooled)]
+    most = {name: row for projection, where in wanted for name, row in plan.most(projection, where).items()}
     recipe = _recipe(file, format, source)
-    spec = of_lora(kind, format, title(recipe), [layer.rank for layer in plan.layers], ALPHA, given)
-    with staged_file(out, force=force, needed=needed) as temporary:
-        write_tensors(
-            temporary, tensors, {"format": "pt", **spec, METADATA_KEY: json.dumps(recipe, ensure_ascii=False)}
-        )
+
+    def told() -> dict[str, str]:
+        ranks = [layer.rank for layer in plan.layers]
+        spec = of_lora(kind, format, title(recipe), ranks, ALPHA, given)
+        return {"format": "pt", **spec, METADATA_KEY: json.dumps(recipe, ensure_ascii=False)}
+
+    # a truncation may take far less than its bound, for which nobody should have to make room
+    bound = sum(_size(shape) for _, shape in most.values()) * dtype.itemsize
+    with staged_file(out, force=force, needed=0 if plan.truncates else bound) as temporary:
+        write_tensors(temporary, (item for row in wanted for item in plan.layer(*row)), most, told, slack=64)
         seal(temporary)
     report = LoraReport(str(out), format, out.stat().st_size, tuple(plan.layers), others)
     _warn(report)
@@ -154,11 +155,6 @@ def export_lora(
 def _others(denoisers: Iterable[Denoiser]) -> tuple[str, ...]:
     """Networks that a LoRA does not reach; EMA copies are never drawn with."""
     return tuple(denoiser.name for denoiser in denoisers if denoiser.name != EMA)
-
-
-def _change(weight: Tensor, factor: Factor) -> Tensor:
-    """W (M - I), in the order that costs least."""
-    return weight @ factor.left if factor.right is None else (weight @ factor.left) @ factor.right
 
 
 class _Plan:
@@ -173,53 +169,54 @@ class _Plan:
         energy: float | None,
         dtype: torch.dtype,
     ) -> None:
-        self.file, self.layout, self.format, self.rank, self.dtype = file, layout, format, rank, dtype
-        self.energy = energy
+        self.layout, self.format, self.rank, self.energy, self.dtype = layout, format, rank, energy, dtype
+        self.factors = {name: orthonormal(factor) for name, factor in file.factors().items()}
+        dense = any(factor.right is None for factor in self.factors.values())
+        self.truncates = format != "full" and (dense or energy is not None)
         self.layers: list[Layer] = []
 
-    def layer(
-        self, projection: Projection, file: TensorFile
-    ) -> dict[str, tuple[str, tuple[int, ...], Callable[[], Any]]]:
-        """Name -> (dtype, shape, bytes) of one layer's tensors."""
-        name, path = projection.name, self.layout.paths[projection.name]
-        factor = self.file.factor(projection.role)
-        shape = file.entries[name].shape
-        if self.format == "full":
-            # only when it is written: the differences of a large model together do not fit into memory
-            return {f"{self.key(path)}.diff": (_NAMES[self.dtype], shape, lambda: self.whole(name, file, factor))}
-        weight = file.read(name)[:, : factor.width].to(torch.float64)
-        exact = factor.right is not None
-        default = DENSE_ENERGY if self.rank is None and not exact else None
-        up, down = approximate(weight, factor, self.rank, default if self.energy is None else self.energy)
-        rank = up.shape[1]
-        # kohya's readers multiply by alpha / rank. One alpha for all layers, since diffusers mixes up different ones
-        factor_up = 1.0 if self.format == "diffusers" else rank / ALPHA
-        up, down = self.cast(up * factor_up, path), self.cast(down, path)
-        change = _change(weight, factor)
-        lost = float((up.double() / factor_up @ down.double() - change).norm() / change.norm().clamp_min(1e-300))
-        self.layers.append(Layer(path, rank, lost))
-        if factor.width < shape[1]:  # the pooled path: its other columns are size ids
-            down = torch.cat([down, down.new_zeros(len(down), shape[1] - factor.width)], dim=1)
-        key = self.key(path)
-        if self.format == "diffusers":
-            named = {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
-        else:
-            named = {
-                f"{key}.alpha": torch.tensor(ALPHA, dtype=self.dtype),
-                f"{key}.lora_down.weight": down,
-                f"{key}.lora_up.weight": up,
-            }
-        return {name: (_NAMES[self.dtype], tuple(t.shape), functools.partial(to_bytes, t)) for name, t in named.items()}
+    def factor(self, role: str) -> Factor:
+        return self.factors["pooled" if role == "pooled" else "cross"]
 
-    def whole(self, name: str, file: TensorFile, factor: Factor) -> Any:
-        """The bytes of one whole dW."""
-        weight, path = file.read(name).to(torch.float64), self.layout.paths[name]
-        text = weight[:, : factor.width]
-        change = _change(text, factor)
-        stored = self.cast(change, path)
-        lost = float((stored.double() - change).norm() / change.norm().clamp_min(1e-300))
-        self.layers.append(Layer(path, min(factor.rank, *change.shape), lost))
-        return to_bytes(torch.cat([stored, stored.new_zeros(len(stored), weight.shape[1] - factor.width)], dim=1))
+    def most(self, projection: Projection, file: TensorFile) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name -> (dtype, the largest shape) of one layer's tensors."""
+        factor, (rows, columns) = self.factor(projection.role), file.entries[projection.name].shape
+        rank = min(rows, factor.width, factor.rank, self.rank or factor.rank)
+        shapes = {"diff": (rows, columns), "alpha": (), "down": (rank, columns), "up": (rows, rank)}
+        return {key: (_NAMES[self.dtype], shapes[part]) for part, key in self.names(projection.name).items()}
+
+    def names(self, name: str) -> dict[str, str]:
+        """Part -> key of one layer's tensors, in the order in which they are stored."""
+        key = self.key(self.layout.paths[name])
+        if self.format == "full":
+            return {"diff": f"{key}.diff"}
+        if self.format == "diffusers":
+            return {"down": f"{key}.lora_A.weight", "up": f"{key}.lora_B.weight"}
+        return {"alpha": f"{key}.alpha", "down": f"{key}.lora_down.weight", "up": f"{key}.lora_up.weight"}
+
+    def layer(self, projection: Projection, file: TensorFile) -> list[tuple[str, Tensor]]:
+        """The tensors of one layer, by key."""
+        name, factor = projection.name, self.factor(projection.role)
+        path, weight = self.layout.paths[name], file.read(name)
+        product = weight[:, : factor.width].to(torch.float64) @ factor.left
+        change = product if factor.right is None else product @ factor.right
+        # of the pooled path, the other columns are size ids
+        beyond = weight.shape[1] - factor.width
+        if self.format == "full":
+            stored = self.cast(change, path)
+            parts, rank, error = {"diff": _wider(stored, beyond)}, min(factor.rank, *change.shape), stored - change
+        else:
+            default = DENSE_ENERGY if self.rank is None and factor.right is None else None
+            up, down = truncated(product, self.rank, default if self.energy is None else self.energy)
+            down = down if factor.right is None else down @ factor.right
+            rank = up.shape[1]
+            # kohya's readers multiply by alpha / rank. One alpha for all: diffusers mixes up different ones
+            factor_up = 1.0 if self.format == "diffusers" else rank / ALPHA
+            up, down = self.cast(up * factor_up, path), self.cast(down, path)
+            parts = {"alpha": torch.tensor(ALPHA, dtype=self.dtype), "down": _wider(down, beyond), "up": up}
+            error = (up.double() / factor_up) @ down.double() - change
+        self.layers.append(Layer(path, rank, float(error.norm() / change.norm().clamp_min(1e-300))))
+        return [(key, parts[part]) for part, key in self.names(name).items()]
 
     def cast(self, tensor: Tensor, path: str) -> Tensor:
         stored = tensor.to(self.dtype)
@@ -239,6 +236,11 @@ class _Plan:
                 )
             path = original_path(path, layers)
         return "lora_unet_" + path.replace(".", "_")
+
+
+def _wider(tensor: Tensor, columns: int) -> Tensor:
+    """With so many columns of zeros behind its own."""
+    return torch.cat([tensor, tensor.new_zeros(len(tensor), columns)], dim=1) if columns else tensor
 
 
 def _recipe(file: EditFile, format: str, source: Checkpoint) -> dict[str, Any]:

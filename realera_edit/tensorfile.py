@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -211,21 +211,41 @@ def copy_tensors(path: Path, tensors: Mapping[str, tuple[TensorFile, str]], meta
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], Callable[[], Any]]], metadata: Mapping[str, str]
+    path: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    most: Mapping[str, tuple[str, tuple[int, ...]]],
+    metadata: Callable[[], Mapping[str, str]],
+    slack: int = 0,
 ) -> None:
-    """Write a safetensors file tensor by tensor: name -> (dtype name, shape, a call that returns its bytes)."""
-    sizes = {name: (dtype, shape, math.prod(shape) * _SIZES[dtype]) for name, (dtype, shape, _) in tensors.items()}
+    """Write a safetensors file tensor by tensor, as they come, so that only one of them is in memory.
+
+    `most`: name -> (dtype name, the largest shape that it can turn out to have), in the order of `tensors`; the header
+    gets the room that it may need, filled with spaces. `metadata` is called first for its length, and again after the
+    last tensor: then it may say otherwise, by up to `slack` bytes more.
+    """
+    sizes = {name: (dtype, shape, math.prod(shape) * _SIZES[dtype]) for name, (dtype, shape) in most.items()}
+    room = len(_lead(sizes, metadata())[0]) + slack
+    found: dict[str, tuple[str, tuple[int, ...], int]] = {}
     with open(path, "xb") as file:
-        file.write(_lead(sizes, metadata)[0])
-        for _, _, call in tensors.values():
-            file.write(call())
+        file.seek(room)
+        for name, tensor in tensors:
+            data = to_bytes(tensor)
+            found[name] = (most[name][0], tuple(tensor.shape), len(data))
+            file.write(data)
+        if list(found) != list(most):
+            raise RuntimeError(f"{path}: other tensors came than were announced")
+        file.seek(0)
+        file.write(_lead(found, metadata(), room)[0])
         file.flush()
 
 
 def _lead(
-    tensors: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: Mapping[str, str]
+    tensors: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: Mapping[str, str], room: int = 0
 ) -> tuple[bytes, dict[str, int]]:
-    """What a file of these tensors (dtype name, shape, bytes) begins with, and where each is in what follows."""
+    """What a file of these tensors (dtype name, shape, bytes) begins with, and where each is in what follows.
+
+    `room`: the bytes that it takes, where it could be less.
+    """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     places: dict[str, int] = {}
     at = 0
@@ -234,5 +254,5 @@ def _lead(
         places[name] = at
         at += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * ((room - 8 - len(text)) if room else -len(text) % 8)
     return struct.pack("<Q", len(text)) + text, places

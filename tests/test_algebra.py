@@ -151,6 +151,24 @@ def test_widths_must_agree() -> None:
             call(low_rank(3), other)
 
 
+def approximate(
+    weight: torch.Tensor, factor: Factor, rank: int | None = None, energy: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """W (M - I) as a LoRA stores it."""
+    whole = algebra.orthonormal(factor)
+    up, down = algebra.truncated(weight @ whole.left, rank, energy)
+    return up, down if whole.right is None else down @ whole.right
+
+
+def test_an_orthonormal_factor_is_the_same_edit() -> None:
+    factor = low_rank(6)
+    found = algebra.orthonormal(factor)
+    assert found.right is not None
+    assert close(found.right @ found.right.T, torch.eye(6, dtype=torch.float64), 1e-12)
+    assert close(found.delta(), factor.delta(), 1e-12)
+    assert torch.equal(algebra.orthonormal(dense()).left, dense().left)
+
+
 @pytest.mark.parametrize("rows", [5, 40])
 @pytest.mark.parametrize("factor", [low_rank(6), dense()])
 def test_a_truncation_is_the_best_of_its_rank(factor: Factor, rows: int) -> None:
@@ -159,13 +177,13 @@ def test_a_truncation_is_the_best_of_its_rank(factor: Factor, rows: int) -> None
     change = weight @ factor.delta()
     values = torch.linalg.svdvals(change)
     for rank in (1, 3, 5):
-        up, down = algebra.approximate(weight, factor, rank=rank)
+        up, down = approximate(weight, factor, rank=rank)
         assert (up.shape, down.shape) == ((rows, rank), (rank, D))
         assert float((change - up @ down).norm()) == pytest.approx(float(values[rank:].norm()), abs=1e-9)
         for seed in range(5):
             worse = (up + 1e-3 * rand(rows, rank, seed=seed)) @ (down + 1e-3 * rand(rank, D, seed=seed + 9))
             assert float((change - worse).norm()) > float(values[rank:].norm())
-    up, down = algebra.approximate(weight, factor)
+    up, down = approximate(weight, factor)
     assert close(up @ down, change, 1e-7)
     assert up.shape[1] == int((values > algebra.ROUNDOFF * values[0]).sum())
 
@@ -175,13 +193,13 @@ def test_energy_is_reached_by_the_least_rank() -> None:
     change = weight @ factor.delta()
     shares = torch.linalg.svdvals(change).square().cumsum(0) / change.norm() ** 2
     for energy in (0.3, 0.9, 0.99):
-        rank = algebra.approximate(weight, factor, energy=energy)[0].shape[1]
+        rank = approximate(weight, factor, energy=energy)[0].shape[1]
         assert float(shares[rank - 1]) >= energy > float(shares[rank - 2] if rank > 1 else 0)
-    assert algebra.approximate(weight, factor, energy=1.0)[0].shape[1] == 20
+    assert approximate(weight, factor, energy=1.0)[0].shape[1] == 20
 
 
 def test_the_sides_fit_half_precision_though_the_factor_s_own_do_not() -> None:
     factor = Factor(1e6 * rand(D, 2), 1e-6 * rand(2, D, seed=1))
-    up, down = algebra.approximate(1e3 * rand(9, D, seed=2), factor)
+    up, down = approximate(1e3 * rand(9, D, seed=2), factor)
     assert float(up.abs().max()) < 1e4
     assert float(down.abs().max()) < 1e4
