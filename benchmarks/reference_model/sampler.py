@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sqlite3
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.reference_model.training import has_bfloat16
 from realera_edit.hub import resolve
 from realera_edit.judges import to_uint8
 
@@ -52,6 +54,8 @@ def denoise(
 
     `fast`: the U-Net in bfloat16, for processors that multiply it faster.
     """
+    if fast and not has_bfloat16(x.device.type):
+        warnings.warn("this processor has no bfloat16: drawing takes several times as long as without fast", stacklevel=2)
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     scheduler.set_timesteps(steps)
     both = torch.cat([empty.expand_as(states), states])
