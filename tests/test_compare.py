@@ -216,6 +216,37 @@ def test_styles_are_counted_where_they_belong(
     assert json.loads(capsys.readouterr().out)["rows"] == first
 
 
+def test_a_style_becomes_the_first_retained_one(
+    bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, str | None, str]] = []
+
+    def erase(editor: Any, pipe: Any, concepts: Any, retain: Any) -> None:
+        told.extend((concept.name, concept.target, retain[0]) for concept in concepts)
+
+    monkeypatch.setattr(bench.judge, "styles", STYLES)
+    monkeypatch.setattr(compare.Editor, "__call__", erase)
+    fixed = ["--model", str(bench.model), "--results", str(tmp_path / "rows.jsonl"), "--threads", "1", "--json"]
+    styles.main([*fixed, "--things", "1", "--editors", "ours", "--target", styles.RETAINED], bench)
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["erased"], row["target"]) for row in rows] == [(name, target) for name, target, _ in told]
+    assert all(name != target == first for name, target, first in told)
+    assert len(told) == len(STYLES)
+
+
+def test_no_more_things_are_drawn_than_are_wanted(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.judge, "styles", STYLES)
+    drawn: list[str] = []
+    get = bench.store.get
+    monkeypatch.setattr(bench.store, "get", lambda prompts, seeds: drawn.extend(prompts) or get(prompts, seeds))
+    everything = styles.chosen(bench, "development", 99)
+    drawn.clear()
+    some = styles.chosen(bench, "development", 1)
+    assert {style: found[:1] for style, found in everything.items()} == some
+    mine = [prompt for prompt in drawn if STYLES[0] in prompt]
+    assert len(mine) == min(2, len(bench.qualified("development"))) * len(styles.TEMPLATES)
+
+
 def test_rates_of_styles() -> None:
     cases = styles.cases_of(["a", "b", "c"], {"a": ["x"], "b": ["x"], "c": ["x", "y"]})
     hits = torch.tensor([[c.style == "c"] for c in cases])

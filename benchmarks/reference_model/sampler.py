@@ -55,7 +55,9 @@ def denoise(
     `fast`: the U-Net in bfloat16, for processors that multiply it faster.
     """
     if fast and not has_bfloat16(x.device.type):
-        warnings.warn("this processor has no bfloat16: drawing takes several times as long as without fast", stacklevel=2)
+        warnings.warn(
+            "no bfloat16 on this processor: drawing takes several times as long as without fast", stacklevel=2
+        )
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     scheduler.set_timesteps(steps)
     both = torch.cat([empty.expand_as(states), states])
