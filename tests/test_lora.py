@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -90,6 +91,41 @@ def test_of_a_single_file_it_is_that_of_its_folder(
             export_lora(edit, tmp_path / "unet.safetensors", tmp_path / "lora")
         export_lora(edit, tmp_path / "unet.safetensors", tmp_path / "lora", text_encoder=place / "folder")
         assert (tmp_path / "folder").read_bytes() == (tmp_path / "lora").read_bytes()
+
+
+def test_room_is_asked_for_where_the_size_is_known(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exact export needs what it writes; a truncation nobody knows before, so a full disk tells of itself."""
+    low, dense = (EditFile.of(edit_model(model, ["cat"], config=config)) for config in (QUICK, DENSE))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 990, 10))
+        with pytest.raises(CheckpointError, match="are needed and"):
+            export_lora(low, model, tmp_path / "exact.safetensors")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RealEraWarning)
+            export_lora(dense, model, tmp_path / "small.safetensors", energy=0.5)
+    assert not (tmp_path / "exact.safetensors").exists()
+    assert (tmp_path / "small.safetensors").exists()
+
+
+def test_the_header_fills_the_room_that_it_was_given(model: Path, tmp_path: Path) -> None:
+    """Ranks are known last, and the header comes first: spaces fill what they did not take."""
+    edit = EditFile.of(edit_model(model, ["cat"], config=DENSE))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RealEraWarning)
+        report = export_lora(edit, model, tmp_path / "lora.safetensors", format="kohya", energy=0.5)
+    whole = (tmp_path / "lora.safetensors").read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    assert len(header) == 1 + 3 * len(report.layers)
+    assert 8 + length + max(row["data_offsets"][1] for name, row in header.items() if name != "__metadata__") == len(
+        whole
+    )
+    ranks = {layer.name: layer.rank for layer in report.layers}
+    assert sorted(row["shape"][0] for name, row in header.items() if name.endswith("down.weight")) == sorted(
+        ranks.values()
+    )
 
 
 def test_the_whole_difference(family: str, model: Path, tmp_path: Path) -> None:
