@@ -42,6 +42,9 @@ bench-quality: .venv/.installed
 	$(QUALITY) --seeds 2 --concepts 1 --draws 4 --editors ours uce mace speed
 	$(QUALITY) --table --summary benchmarks/results/quality.json --curves docs/h4.svg
 	$(BIN)/python -m benchmarks.compare --model emoji --steps 8 --split report --judge report --seeds 1 \
+		--concepts 1 --draws 8 --editors ours mace uce speed --results benchmarks/results/report-emoji-1.jsonl \
+		--summary benchmarks/results/quality-emoji-1.json
+	$(BIN)/python -m benchmarks.compare --model emoji --steps 8 --split report --judge report --seeds 1 \
 		--concepts 10 --draws 3 --editors ours mace uce speed --results benchmarks/results/report-emoji-10.jsonl \
 		--summary benchmarks/results/quality-emoji-10.json
 	$(BIN)/python -m benchmarks.compare --model emoji --fast --steps 8 --split report --judge report --seeds 1 \
