@@ -232,10 +232,11 @@ def write_tensors(
             data = to_bytes(tensor)
             found[name] = (most[name][0], tuple(tensor.shape), len(data))
             file.write(data)
-        if list(found) != list(most):
-            raise RuntimeError(f"{path}: other tensors came than were announced")
+        lead = _lead(found, metadata(), room)[0]
+        if list(found) != list(most) or len(lead) != room:  # a longer header would lie over the first tensor
+            raise RuntimeError(f"{path}: other tensors or more metadata came than were announced")
         file.seek(0)
-        file.write(_lead(found, metadata(), room)[0])
+        file.write(lead)
         file.flush()
 
 
