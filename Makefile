@@ -32,24 +32,14 @@ test: lint
 slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow
 
-# Rows that are in the results file are not drawn again; remove it to measure anew (about an hour).
-QUALITY = $(BIN)/python -m benchmarks.compare --model ../shared/models/emoji-sd --fast --steps 12 --split report \
-	--judge report --results benchmarks/results/report.jsonl
+# Rows that are in the results file are not drawn again; remove it to measure anew (an hour on two cores with bfloat16).
+QUALITY = $(BIN)/python -m benchmarks.compare --model emoji --fast --steps 8 --seeds 1 --split report --judge report \
+	--results benchmarks/results/report-emoji.jsonl
 bench-quality: .venv/.installed
-	$(BIN)/pip install --quiet --editable ".[dev,bench]"
-	$(QUALITY) --seeds 2 --concepts 10 --draws 2 --editors ours uce mace speed rece
-	$(QUALITY) --seeds 1 --concepts 50 --draws 1 --editors ours uce mace speed
-	$(QUALITY) --seeds 2 --concepts 1 --draws 4 --editors ours uce mace speed
+	$(QUALITY) --concepts 10 --draws 10 --editors ours mace uce speed rece
+	$(QUALITY) --concepts 100 --draws 1 --editors ours mace uce speed
+	$(QUALITY) --concepts 1 --draws 16 --editors ours mace uce speed rece
 	$(QUALITY) --table --summary benchmarks/results/quality.json --curves docs/h4.svg
-	$(BIN)/python -m benchmarks.compare --model emoji --steps 8 --split report --judge report --seeds 1 \
-		--concepts 1 --draws 8 --editors ours mace uce speed --results benchmarks/results/report-emoji-1.jsonl \
-		--summary benchmarks/results/quality-emoji-1.json
-	$(BIN)/python -m benchmarks.compare --model emoji --steps 8 --split report --judge report --seeds 1 \
-		--concepts 10 --draws 3 --editors ours mace uce speed --results benchmarks/results/report-emoji-10.jsonl \
-		--summary benchmarks/results/quality-emoji-10.json
-	$(BIN)/python -m benchmarks.compare --model emoji --fast --steps 8 --split report --judge report --seeds 1 \
-		--concepts 100 --draws 1 --editors ours mace uce speed --results benchmarks/results/report-emoji.jsonl \
-		--summary benchmarks/results/quality-100.json
 
 clean:
 	rm -rf .venv out build *.egg-info

@@ -215,7 +215,11 @@ def pooled(rows: Sequence[Row]) -> Row:
     for name in ("H_4", "H_o", "H_c"):
         single = [v for row in good for c in row["by_concept"].values() if (v := c[name]) is not None]
         mean = float(np.mean(single)) if single else float("nan")
-        line[name.lower()] = {"mean": mean, "ci": bootstrap(np.array(single)), "count": len(single)}
+        line["h4" if name == "H_4" else name.lower()] = {
+            "mean": mean,
+            "ci": bootstrap(np.array(single)),
+            "count": len(single),
+        }
     line["drift"] = float(np.mean([row["drift"] for row in good if row["drift"] is not None] or [np.nan]))
     line["seconds"] = common.median([row["edit_seconds"] for row in good]) if good else float("nan")
     return tidy(line)
@@ -231,7 +235,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
 
 def table(lines: Sequence[Row]) -> str:
     """A Markdown table of the pooled rows, every rate with its 95 % interval, and the unedited model's beside them."""
-    columns = [*RATES, "h_4", "h_o"]
+    columns = [*RATES, "h4", "h_o"]
     head = ["concepts", "editor", "draws", *columns, "drift", "seconds"]
 
     def cell(part: Row) -> str:
@@ -268,7 +272,7 @@ def by_metric(lines: Sequence[Row]) -> dict[str, Any]:
     return found
 
 
-def curves(lines: Sequence[Row], metric: str = "h_4") -> str:
+def curves(lines: Sequence[Row], metric: str = "h4") -> str:
     """An SVG of a metric over the number of concepts, a curve for each editor."""
     series: dict[str, list[svg.Point]] = {}
     for line in lines:

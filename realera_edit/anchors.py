@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 
 from .config import EditConfig
-from .contexts import CONTEXTS, fill
+from .contexts import CONTEXTS, fill, is_name
 from .embeddings import PromptEncoder
 from .statistics import Keep, second_moment
 from .vocabulary import Prior, prior_moments
 
 # A preserved entry is held in these contexts, at every position after the start token.
 PRESERVE_CONTEXTS = 3
-# Words of the longest preserved entry that is taken for a name; a longer one is a prompt.
-LONGEST_NAME = 4
 RIM_WEIGHT = 1.0
 
 
@@ -68,7 +66,7 @@ def build_anchors(
 
 def _held_prompts(entry: str, templates: Sequence[str]) -> list[str]:
     """A name in each template; a whole prompt as it is."""
-    return [fill(t, entry).prompt for t in templates] if len(entry.split()) <= LONGEST_NAME else [entry]
+    return [fill(t, entry).prompt for t in templates] if is_name(entry) else [entry]
 
 
 def _keep(rows: Sequence[Tensor], fixed: Tensor, second: Tensor | None, taken: Tensor | None) -> Keep:

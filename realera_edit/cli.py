@@ -79,7 +79,11 @@ def cli() -> None:
     type=click.Path(path_type=Path),
     help="Write the edit by itself, a .safetensors for `apply`; with --output or in place of it.",
 )
-@click.option("--to", "target", help="What the concepts become.  [default: by kind]")
+@click.option(
+    "--to",
+    "target",
+    help="What the concepts become.  [default: by kind; styles: the average of the preserved ones, if two are]",
+)
 @click.option("--alias", "aliases", multiple=True, help="Another name of the one concept given; repeatable.")
 @click.option(
     "--concepts",

@@ -49,6 +49,8 @@ CONTEXTS: dict[str, tuple[str, ...]] = {
 DEFAULT_TARGETS = {"general": "object", "object": "object", "person": "a person", "style": "art"}
 AVERAGE = "<average>"  # the mean of many things, see `targets`
 MANY = 25  # from so many names on, "object" gives way to it
+FEWEST_STYLES = 2  # where so many styles are preserved, a style becomes their average
+LONGEST_NAME = 4  # words of the longest preserved entry that is taken for a name; a longer one is a prompt
 FALLBACK_TARGET = "thing"
 
 _ARTICLES = ("a ", "an ", "the ")
@@ -82,6 +84,11 @@ def fill(template: str, phrase: str) -> Filled:
         return Filled(head + article(phrase), phrase, tail)
     head, tail = template.split("{}")
     return Filled(head, phrase, tail)
+
+
+def is_name(entry: str) -> bool:
+    """Whether a preserved entry is a name, to be held in contexts, and not a whole prompt."""
+    return len(entry.split()) <= LONGEST_NAME
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,8 @@ def build_pairs(
     filled: list[tuple[Filled, Filled]] = []
     owner: list[int] = []
     averaged: dict[int, str] = {}  # place among the filled -> its template
-    words = average_words(encoder, {group.name.lower() for group in groups}, preserve)
+    styles = all((concept.kind or config.kind) == "style" for concept in concepts)
+    words = average_words(encoder, {group.name.lower() for group in groups}, preserve, styles)
     for number, group in enumerate(groups):
         concept = concepts[group.concept]
         templates = concept_contexts(concept, config)

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 import torch
 
-from .contexts import AVERAGE, fill
+from .contexts import AVERAGE, FEWEST_STYLES, align, fill, is_name
 from .embeddings import Encoded, PromptEncoder
 
 __all__ = ["AVERAGE", "average_targets", "average_words"]
@@ -27,12 +27,19 @@ INSTEAD = "object"  # where the tokenizer has too few of them as one token
 FEWEST, MOST = 16, 64
 
 
-def average_words(encoder: PromptEncoder, erased: Collection[str], preserve: Sequence[str]) -> list[str]:
+def average_words(
+    encoder: PromptEncoder, erased: Collection[str], preserve: Sequence[str], styles: bool = False
+) -> list[str]:
     """What the average is taken over: preserved names, or else `THINGS`, of one token each and not in `erased`.
 
     `erased` in lower case. The user's own preserved names, if there are enough of them, are the better middle: they
-    are of the kind that the edit is about.
+    are of the kind that the edit is about. `styles`: all that is erased are styles, and so, then, are the preserved
+    names; the average is theirs, of whatever length, since no thing stands for a style.
     """
+    if styles:
+        named = [entry for entry in preserve if is_name(entry) and entry.lower() not in erased]
+        if len(named) >= FEWEST_STYLES:
+            return named[:MOST]
     for listed in (preserve, THINGS.split()):
         words = [word for word in listed if word.isalpha() and word.lower() not in erased]
         single = [word for word, ids in zip(words, encoder.tokenize(words), strict=True) if len(ids) == 3]
@@ -44,15 +51,21 @@ def average_words(encoder: PromptEncoder, erased: Collection[str], preserve: Seq
 def average_targets(
     encoder: PromptEncoder, templates: Iterable[str], words: list[str], padding: int
 ) -> dict[str, Encoded]:
-    """Template -> the mean state at each position over the template filled with each word; `ids` are the first's."""
+    """Template -> the mean state at each position over the template filled with each word; `ids` are the first's.
+
+    A name of another length lends the states that `contexts.align` puts beside those of the first.
+    """
     averages = {}
     for template in dict.fromkeys(templates):
-        encoded = encoder.encode([fill(template, word).prompt for word in words], padding, label="targets")
-        same = [e for e in encoded if len(e.states) == len(encoded[0].states) and len(e.ids) == len(encoded[0].ids)]
-        pooled = [e.pooled for e in same if e.pooled is not None]
+        filled = [fill(template, word) for word in words]
+        first, *others = encoder.spans(filled)
+        encoded = encoder.encode([f.prompt for f in filled], padding, label="targets")
+        places = [[*range(first.start), *(j for _, j in align(first, other, padding))] for other in (first, *others)]
+        length = min(sum(j < len(e.states) for j in row) for row, e in zip(places, encoded, strict=True))
+        pooled = [e.pooled for e in encoded if e.pooled is not None]
         averages[template] = Encoded(
             encoded[0].ids,
-            torch.stack([e.states for e in same]).mean(0),
+            torch.stack([e.states[row[:length]] for row, e in zip(places, encoded, strict=True)]).mean(0),
             torch.stack(pooled).mean(0) if pooled else None,
         )
     return averages

@@ -167,8 +167,8 @@ def test_rows_are_pooled() -> None:
     assert found[0]["acc_e"]["mean"] == pytest.approx(0.5)
     assert found[0]["acc_e"]["count"] == 30
     assert found[0]["acc_e"]["ci"][0] == pytest.approx(0.3315, abs=1e-3)  # Wilson, 15 of 30
-    assert found[0]["h_4"]["mean"] == pytest.approx(0.6)
-    assert found[0]["h_4"]["count"] == 2
+    assert found[0]["h4"]["mean"] == pytest.approx(0.6)
+    assert found[0]["h4"]["count"] == 2
     assert (found[0]["draws"], found[0]["seconds"]) == (3, 2.0)
     assert "| 1 | unedited | - | 0.500 [0.332, 0.668] |" in compare.table(found)
 

@@ -29,6 +29,44 @@ def test_many_names_become_the_average_thing_and_few_an_object() -> None:
     assert {c.target for c in resolve_concepts(NAMES, kind="style")} == {"art"}
 
 
+def test_a_style_becomes_the_average_of_the_styles_that_stay() -> None:
+    """Of two or more names; prompts are none, and where things go too nobody knows which names are styles."""
+    kept = ["Monet", "Paul Cezanne", "a long prompt about a house by the sea"]
+
+    def targets(*items: object, preserve: list[str] = kept, kind: str = "style") -> list[str | None]:
+        return [c.target for c in resolve_concepts(items, kind=kind, preserve=preserve)]
+
+    assert targets("Van Gogh", Concept("Goya", target="ink")) == [AVERAGE, "ink"]
+    assert targets("Van Gogh", preserve=["Monet", kept[2]]) == ["art"]
+    assert targets("Van Gogh", Concept("cat", kind="object")) == ["art", "object"]
+    assert targets("Van Gogh", kind="general") == ["object"]
+
+
+def test_styles_are_averaged_whatever_their_length(sd1: Path) -> None:
+    """Names of one and of two tokens: the last ones are averaged, and so is all that follows."""
+    encoder = open_checkpoint(sd1).encoder
+    one = next(word for word in words() if len(encoder.tokenize([word])[0]) == 3)
+    two = f"{one} {one}"
+    assert average_words(encoder, {"gone"}, [one, two, "gone"], styles=True) == [one, two]
+    assert average_words(encoder, set(), [one], styles=True) == average_words(encoder, set(), [one])
+    (found,) = average_targets(encoder, ["art by {}"], [one, two], 1).values()
+    short, long = (e.states for e in encoder.encode([f"art by {one}", f"art by {two}"], 1))
+    start = len(short) - 3  # of the name; the end token and one of padding follow it
+    assert torch.allclose(found.states[:start], short[:start], atol=1e-5)  # causal: the same before the name
+    assert torch.allclose(found.states[start:], (short[start:] + long[start + 1 :]) / 2, atol=1e-5)
+    assert not torch.allclose(long[start + 1 :], long[start:-1], atol=1e-3)
+
+
+def test_a_style_is_solved_towards_the_styles_that_stay(sd1: Path) -> None:
+    kept = [word for word in words() if word not in ("cat", "art")][:2]
+    config = replace(QUICK, strength=0.8, kind="style")
+    found = edit_model(sd1, ["cat"], preserve=kept, config=config)
+    assert found.edit.concepts[0].target == AVERAGE
+    assert found.edit.residual[0] < 0.3
+    again = edit_model(sd1, ["cat"], target=AVERAGE, preserve=kept, config=config)
+    assert torch.equal(found.edit.cross.factor.delta(), again.edit.cross.factor.delta())
+
+
 def test_the_average_is_the_mean_of_its_words(sd1: Path) -> None:
     encoder = open_checkpoint(sd1).encoder
     chosen = [word for word in words() if len(encoder.tokenize([word])[0]) == 3][:4]
