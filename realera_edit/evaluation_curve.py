@@ -43,7 +43,8 @@ def recipe_of(record: Mapping[str, Any], count: int | None = None) -> tuple[Conc
     if count is None or count >= len(whole):
         return whole
     common = config.strength_for(sum(len(concept.names) for concept in whole))
-    unnamed = resolve_concepts([replace(c, target=None) for c in whole], kind=config.kind)
+    bare = [replace(c, target=None) for c in whole]
+    unnamed = resolve_concepts(bare, kind=config.kind, preserve=record["preserve"])
     return tuple(
         replace(
             concept,

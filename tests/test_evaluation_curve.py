@@ -96,6 +96,8 @@ def test_what_nobody_named_is_that_of_the_shorter_list(place: Path) -> None:
     assert [(c.name, c.target, c.strength) for c in recipe_of(record, 2)] == [("cat", None, None), ("car", None, None)]
     named = {**record, "concepts": [{**row, "target": "person", "strength": 0.33} for row in record["concepts"]]}
     assert {(c.target, c.strength) for c in recipe_of(named, 2)} == {("person", 0.33)}
+    styles = [{**row, "target": "<average>", "kind": "style"} for row in record["concepts"]]
+    assert {c.target for c in recipe_of({**record, "concepts": styles, "preserve": ["ink", "oil"]}, 2)} == {None}
     assert [c.name for c in recipe_of(record)] == list(NAMES)
     assert {c.strength for c in recipe_of(record)} == {RECIPE.strength_for(3)}
 
