@@ -178,9 +178,9 @@ def resolve_concepts(
         result.append(concept)
     gives_way = set()  # defaults in whose place the average comes
     if sum(len(concept.names) for concept in result) >= MANY:
-        gives_way.add("object")
+        gives_way.add(DEFAULT_TARGETS["object"])
     if all(c.kind == "style" for c in result) and sum(map(is_name, preserve)) >= FEWEST_STYLES:
-        gives_way.add("art")
+        gives_way.add(DEFAULT_TARGETS["style"])
     return tuple(
         replace(c, target=AVERAGE) if i in unnamed and c.target in gives_way else c for i, c in enumerate(result)
     )
