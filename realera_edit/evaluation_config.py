@@ -22,7 +22,7 @@ class EvaluationConfig:
 
     seeds: tuple[int, ...] = (0, 1, 2, 3)
     steps: int = _option(18, "Denoising steps; 18 suits the emoji models, 25 to 50 Stable Diffusion.", 1, 1000)
-    guidance: float = _option(4.0, "Guidance scale; 4 suits the emoji models, 7.5 Stable Diffusion.", 0.0, 100.0)
+    guidance: float = _option(4.0, "Guidance scale; 2 to 4 suit the emoji models, 7.5 Stable Diffusion.", 0.0, 100.0)
     far: int = _option(24, "Far concepts that must stay.", 0, 10_000)
     neighbours: int = _option(4, "Near concepts that must stay, for each erased one.", 0, 1000)
     alias_count: int = _option(4, "Most other names of each erased concept.", 0, 1000)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.reference_model import denoiser, text_encoder, vae
+from benchmarks.reference_model import denoiser, meaning, text_encoder, vae
 from benchmarks.reference_model.training import Loss, Schedule, Trainer
+from realera_edit import reference_model
 
 pytestmark = pytest.mark.slow
 SCHEDULE = Schedule(steps=24, rate=1e-3, warmup=4, decay=0.5, average=0.9, seed=5)
@@ -44,7 +45,23 @@ def unet_part(cache: Path) -> tuple[Trainer, Loss]:
     return run, denoiser.batch_loss(run.module, denoiser.Data(latents, states, rows, [[1, 2, 3]] * 3), 8)
 
 
-@pytest.fixture(params=[text_part, vae_part, unet_part], ids=["text encoder", "vae", "unet"])
+def meaning_part(cache: Path) -> tuple[Trainer, Loss]:
+    torch.manual_seed(0)
+    model, frozen = (text_encoder.Student().model for _ in range(2))
+    frozen.load_state_dict(model.state_dict())
+    tokenizer = text_encoder.load_tokenizer(reference_model() / "tokenizer")
+    words = meaning.Words(
+        ["cat", "dog"], ["moggy", "hound", "stone"], ["cat", "dog", "cat"], torch.tensor([0.9, 0.9, 0])
+    )
+    recipe = meaning.Recipe(batch=16)
+    run = meaning.trainer(cache, model, SCHEDULE, recipe)
+    readers = meaning.Reader(model, tokenizer), meaning.Reader(frozen.eval(), tokenizer)
+    return run, meaning.batch_loss(*readers, words, recipe)
+
+
+@pytest.fixture(
+    params=[text_part, vae_part, unet_part, meaning_part], ids=["text encoder", "vae", "unet", "text encoder, further"]
+)
 def part(request: pytest.FixtureRequest) -> Part:
     made: Part = request.param
     return made

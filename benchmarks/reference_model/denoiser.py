@@ -28,7 +28,8 @@ class Recipe:
 
     empty, plain, label: shares of captions left out, for classifier-free guidance; without a style; with the label, not
     an alias. jitter: most noise on the text states, relative: words near a caption's words should draw the same. gamma:
-    of the min-SNR weights (arXiv 2303.09556); None weighs every step's v-error the same.
+    of the min-SNR weights (arXiv 2303.09556); None weighs every step's v-error the same. late: step t is drawn in
+    proportion to this power of t; 0 draws all of them equally often.
     """
 
     empty: float = 0.1
@@ -36,6 +37,7 @@ class Recipe:
     label: float = 0.7
     jitter: float = 0.1
     gamma: float | None = 5.0
+    late: float = 0.0
 
 
 RECIPE = Recipe()
@@ -154,9 +156,10 @@ def batch_loss(unet: Any, data: Data, batch: int, recipe: Recipe = RECIPE) -> Lo
         states = states + level * states.std() * torch.randn(states.shape, generator=generator)
         clean = data.latents[concept, style]
         noise = torch.randn(clean.shape, generator=generator)
-        # one step from each of `batch` equal parts of the schedule: less variance than independent ones
-        t = (torch.arange(batch) + torch.rand(batch, generator=generator)) * (len(alphas) / batch)
-        t = t.long()[torch.randperm(batch, generator=generator)]
+        # one step from each of `batch` equally likely parts of the schedule: less variance than independent ones
+        t = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+        t = (t ** (1 / (1 + recipe.late)) * len(alphas)).long().clamp(max=len(alphas) - 1)
+        t = t[torch.randperm(batch, generator=generator)]
         signal, sigma = (a.sqrt()[:, None, None, None] for a in (alphas[t], 1 - alphas[t]))
         noisy = (signal * clean + sigma * noise).contiguous(memory_format=torch.channels_last)
         with autocast(device):

@@ -1,11 +1,14 @@
-"""The U-Net's further trainings: with more styles, and under more names of each concept.
+"""The U-Net's and the text encoder's further trainings: more styles, and more names of each concept.
 
-`python -m benchmarks.reference_model.refine --start DIR --stage second --out NEXT` goes on from a finished model's
-U-Net; its text encoder and its autoencoder stay as they are. The further names are WordNet's nouns that the text
-encoder's teacher takes for a concept's; none of them, and no word in them, is an unseen alias.
+`python -m benchmarks.reference_model.refine --start DIR --stage second --out NEXT` trains one part of a finished model
+on, and leaves the others as they are. The U-Net's further names are WordNet's nouns that the text encoder's teacher
+takes for a concept's; none of them, and no word in them, is an unseen alias. The stage `meaning` is the text encoder's
+(see `meaning`).
 
 The third stage drops the min-SNR weights: they give the noisiest steps next to no weight (0.005 at the last one), and
-it is there that the text, not the noisy picture, must decide what is drawn and in which style.
+it is there that the text, not the noisy picture, must decide what is drawn and in which style. The fourth draws those
+steps more often: from a noisy picture of the right style the model kept it, and lost it where it began from nothing.
+The fifth and the sixth, after `meaning`, are for the states of the new text encoder.
 """
 
 import argparse
@@ -17,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.reference_model import denoiser, text_encoder
+from benchmarks.reference_model import denoiser, meaning, text_encoder
 from benchmarks.reference_model.build import forget_origin
 from benchmarks.reference_model.denoiser import Recipe
 from benchmarks.reference_model.pictures import DEFAULT_CACHE, read_concepts
@@ -35,7 +38,20 @@ STAGES = {
         Schedule(steps=4000, rate=6e-4, warmup=100, decay=0.8, average=0.998, seed=8),
         Recipe(plain=0.25, label=0.6, gamma=None),
     ),
+    "fourth": (
+        Schedule(steps=5000, rate=6e-4, warmup=100, decay=1.0, average=0.998, seed=9),
+        Recipe(empty=0.08, plain=0.12, label=0.8, gamma=None, late=1.0),
+    ),
+    "fifth": (
+        Schedule(steps=1800, rate=4e-4, warmup=50, decay=1.0, average=0.998, seed=11),
+        Recipe(empty=0.08, plain=0.15, label=0.6, gamma=None, late=1.0),
+    ),
+    "sixth": (
+        Schedule(steps=750, rate=2.5e-4, warmup=25, decay=1.0, average=0.996, seed=12),
+        Recipe(empty=0.08, plain=0.15, label=0.7, gamma=None, late=1.0),
+    ),
 }
+MEANING = "meaning"  # the stage of the text encoder
 NEAR, MARGIN = 0.5, 0.05  # cosine to the nearest label, and how much less it must be to the second
 MOST = 8  # names of one concept, the nearest ones
 
@@ -90,10 +106,10 @@ def train(start: Path, stage: str, cache: Path = DEFAULT_CACHE, until: int | Non
 
 
 def main() -> None:
-    """Train on, and write the whole model with the new U-Net."""
+    """Train one part on, and write the whole model with it."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--start", required=True, help="checkpoint folder of `build`, or emoji")
-    parser.add_argument("--stage", choices=STAGES, required=True)
+    parser.add_argument("--stage", choices=[*STAGES, MEANING], required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
     parser.add_argument("--threads", type=int, default=2)
@@ -103,9 +119,12 @@ def main() -> None:
     start = resolve(options.start)
     if options.out.exists():
         parser.error(f"{options.out} exists")
-    unet = train(start, options.stage, options.cache, until=options.until)
+    if options.stage == MEANING:
+        part, module = "text_encoder", meaning.train(start, options.cache, options.until)
+    else:
+        part, module = "unet", train(start, options.stage, options.cache, options.until)
     shutil.copytree(start, options.out)
-    unet.half().save_pretrained(options.out / "unet", safe_serialization=True)
+    module.half().save_pretrained(options.out / part, safe_serialization=True)
     forget_origin(options.out)
 
 
