@@ -50,9 +50,8 @@ def meaning_part(cache: Path) -> tuple[Trainer, Loss]:
     model, frozen = (text_encoder.Student().model for _ in range(2))
     frozen.load_state_dict(model.state_dict())
     tokenizer = text_encoder.load_tokenizer(reference_model() / "tokenizer")
-    words = meaning.Words(
-        ["cat", "dog"], ["moggy", "hound", "stone"], ["cat", "dog", "cat"], torch.tensor([0.9, 0.9, 0])
-    )
+    nouns = ["moggy", "hound", "stone"] * 4
+    words = meaning.Words(["cat", "dog"], nouns, ["cat", "dog", "cat"] * 4, torch.tensor([0.9, 0.9, 0] * 4))
     recipe = meaning.Recipe(batch=16)
     run = meaning.trainer(cache, model, SCHEDULE, recipe)
     readers = meaning.Reader(model, tokenizer), meaning.Reader(frozen.eval(), tokenizer)
