@@ -48,6 +48,9 @@ class Recipe:
     tokens: int = 6
 
 
+RECIPE = Recipe()
+
+
 @dataclasses.dataclass(frozen=True)
 class Words:
     """Names that stay, and nouns with the label each leans to and how far, 0 to 1."""
@@ -146,10 +149,10 @@ def batch_loss(reader: Reader, frozen: Reader, words: Words, recipe: Recipe) -> 
 
 
 def trainer(
-    cache: Path, model: Any, schedule: Schedule = SCHEDULE, recipe: Recipe | None = None, start: str = ""
+    cache: Path, model: Any, schedule: Schedule = SCHEDULE, recipe: Recipe = RECIPE, start: str = ""
 ) -> Trainer:
     """The trainer of a text encoder, known by `start`; at the state that the cache holds."""
-    described = dataclasses.asdict(recipe or Recipe()) | {"start": start}
+    described = dataclasses.asdict(recipe) | {"start": start}
     path = cache / "training" / "text_encoder_second.safetensors"
     return Trainer(model.to(best_device()).train(), schedule, path, described)
 
@@ -161,11 +164,10 @@ def train(start: Path, cache: Path = DEFAULT_CACHE, until: int | None = None) ->
     model = CLIPTextModel.from_pretrained(start, subfolder="text_encoder", dtype=torch.float32)
     frozen = copy.deepcopy(model).eval().to(best_device())
     weights = (start / "text_encoder" / "model.safetensors").read_bytes()
-    recipe = Recipe()
-    run = trainer(cache, model, recipe=recipe, start=hashlib.sha256(weights).hexdigest()[:16])
+    run = trainer(cache, model, start=hashlib.sha256(weights).hexdigest()[:16])
     if run.step < (until or SCHEDULE.steps):
         tokenizer = text_encoder.load_tokenizer(start / "tokenizer")
         readers = Reader(run.module, tokenizer), Reader(frozen, tokenizer)
-        run.run(batch_loss(*readers, read_words(readers[1], cache, recipe), recipe), until)
+        run.run(batch_loss(*readers, read_words(readers[1], cache, RECIPE), RECIPE), until)
     run.finish()
     return run.module.eval().cpu()
