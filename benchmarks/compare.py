@@ -41,7 +41,7 @@ from realera_edit.metrics import bootstrap
 from realera_edit.pipeline import LoadedPipeline
 
 EDITORS = ("ours", *(name + suffix for name in PEERS for suffix in ("", "+")))
-RATES = ("acc_e", "acc_g", "acc_s", "acc_n", "acc_n_unseen", "style_kept")
+RATES = ("acc_e", "acc_g", "acc_g_unseen", "acc_s", "acc_n", "acc_n_unseen", "style_kept")
 Row = dict[str, Any]
 
 
@@ -145,7 +145,7 @@ def key_of(bench: Bench, about: Row) -> str:
     network = getattr(bench.judge, "network", None)
     digest = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()) if network is not None else ():
-        digest.update(name.encode() + value.contiguous().numpy().tobytes())
+        digest.update(name.encode() + value.contiguous().cpu().numpy().tobytes())
     drawing = [bench.store.key, digest.hexdigest(), dataclasses.asdict(bench.settings)]
     return hashlib.sha256(json.dumps([drawing, about], sort_keys=True).encode()).hexdigest()[:24]
 
@@ -209,13 +209,13 @@ def pooled(rows: Sequence[Row]) -> Row:
     line: Row = {"concepts": rows[0]["concepts"], "editor": label(rows[0]), "draws": len(good)}
     for side, prefix in (("edited", ""), ("original", "unedited_")):
         for name in RATES:
-            parts = [row[side][name] for row in good]
+            parts = [row[side][name] for row in good if name in row[side]]  # older rows lack the later ones
             rate = Rate(sum(p["hits"] for p in parts), sum(p["count"] for p in parts))
             line[prefix + name] = {"mean": rate.value, "ci": rate.interval, "count": rate.count}
-    for name in ("H_4", "H_o", "H_c"):
-        single = [v for row in good for c in row["by_concept"].values() if (v := c[name]) is not None]
+    for name in ("H_4", "H_4_unseen", "H_o", "H_c"):
+        single = [v for row in good for c in row["by_concept"].values() if (v := c.get(name)) is not None]
         mean = float(np.mean(single)) if single else float("nan")
-        line["h4" if name == "H_4" else name.lower()] = {
+        line[name.lower().replace("h_4", "h4")] = {
             "mean": mean,
             "ci": bootstrap(np.array(single)),
             "count": len(single),
@@ -235,7 +235,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
 
 def table(lines: Sequence[Row]) -> str:
     """A Markdown table of the pooled rows, every rate with its 95 % interval, and the unedited model's beside them."""
-    columns = [*RATES, "h4", "h_o"]
+    columns = [*RATES, "h4", "h4_unseen", "h_o"]
     head = ["concepts", "editor", "draws", *columns, "drift", "seconds"]
 
     def cell(part: Row) -> str:
@@ -305,6 +305,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--far", type=int, default=Settings.far, help="far concepts")
     add("--seed", type=int, default=0, help="of the sets")
     add("--threads", type=int, default=2)
+    add("--device", default="cpu", help="where the models are")
     add("--json", action="store_true", help="one JSON object in place of the table")
     add("--table", action="store_true", help="only print and write what the results file holds")
     add("--curves", type=Path, help="also draw H_4 over the number of concepts there, as SVG")
@@ -328,9 +329,11 @@ def main(arguments: Sequence[str] | None = None, bench: Bench | None = None) -> 
             choice_seeds=tuple(range(100, 100 + options.seeds)),
             far=options.far,
         )
-        bench = Bench(options.model, options.cache, options.judge, settings)
-    pipe = load_pipeline(options.model)
+        bench = Bench(options.model, options.cache, options.judge, settings, options.device)
+    pipe = load_pipeline(options.model, options.device)
     record = {"versions": common.versions(), "machine": common.machine(), "device": str(pipe.device)}
+    if pipe.device.type == "cuda":
+        record["gpu"] = torch.cuda.get_device_name(pipe.device)
     record |= {"threads": options.threads, "seed": options.seed}
     record["command"] = "python -m benchmarks.compare " + " ".join(sys.argv[1:] if arguments is None else arguments)
     rows = []

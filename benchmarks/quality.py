@@ -25,6 +25,7 @@ from benchmarks.reference_model.pictures import DEFAULT_CACHE, Concept, read_con
 from benchmarks.reference_model.sampler import PictureStore, generate, load_pipeline
 from benchmarks.reference_model.splits import Split, aliases, split_of
 from benchmarks.reference_model.texts import fixed_aliases
+from realera_edit.contexts import fill
 from realera_edit.evaluation_plan import Case, Erased, own_cases
 from realera_edit.hub import resolve
 from realera_edit.judges import ReferenceJudge
@@ -69,8 +70,9 @@ class ConceptSet:
 class Quality:
     """One measurement.
 
-    Rates are keyed acc_e, acc_g, acc_s, acc_n, acc_n_unseen (neighbours that the edit did not preserve) and
-    style_kept; `h` holds (mean over concepts, how many had every part) for H_4, H_o and H_c.
+    Rates are keyed acc_e, acc_g, acc_g_unseen (aliases that no training caption contains), acc_s, acc_n, acc_n_unseen
+    (neighbours that the edit did not preserve) and style_kept; `h` holds (mean over concepts, how many had every part)
+    for H_4, H_4_unseen (with the unseen aliases alone), H_o and H_c.
     """
 
     edited: dict[str, Rate]
@@ -104,26 +106,30 @@ class Bench:
         cache: Path = DEFAULT_CACHE,
         judge: Split = "development",
         settings: Settings = Settings(),
+        device: str = "cpu",
     ) -> None:
-        """Load everything; `judge` names which judge answers."""
+        """Load everything; `judge` names which judge answers, `device` where it looks and the model draws."""
         model = resolve(model)
-        self.settings, self.judge = settings, Judge.load(judge, model, cache)
+        self.settings, self.judge = settings, Judge.load(judge, model, cache, device)
         self.concepts = {c.label: c for c in read_concepts(model / "concepts.json")}
         fixed = fixed_aliases()
         ships = fixed.keys() == self.concepts.keys()
         self.names = fixed if ships else aliases(list(self.concepts.values()), cache)
-        self.pipe = load_pipeline(model)
+        self.pipe = load_pipeline(model, device)
         self.store = PictureStore(
             self.pipe, cache / "pictures.sqlite", settings.steps, settings.guidance, settings.fast
         )
         self.labels = list(self.concepts)
+        self.unseen = {(label, a.text) for label, names in self.names.items() for a in names if not a.seen}
+        self.known: dict[tuple[str, str], float] = {}
         self.similarity = self._similarity()
 
     @torch.inference_mode()
     def _similarity(self) -> np.ndarray:
         """Cosine between the labels' text states at the end-of-text token: [concepts, concepts]."""
         tokens = self.pipe.tokenizer(self.labels, padding="max_length", truncation=True, return_tensors="pt")
-        states = torch.nn.functional.normalize(self.pipe.text_encoder(tokens.input_ids).pooler_output, dim=1)
+        top = self.pipe.text_encoder(tokens.input_ids.to(self.pipe.text_encoder.device)).pooler_output
+        states = torch.nn.functional.normalize(top, dim=1).cpu()
         return (states @ states.T).numpy()
 
     def judged(self, pictures: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -133,12 +139,14 @@ class Bench:
 
     def accuracy(self, named: Sequence[tuple[str, str]]) -> list[float]:
         """For pairs (concept, name to prompt with): share of the unedited model's pictures judged right."""
-        if not named:
-            return []
-        prompts = [template.format(name) for _, name in named for template in PLAIN]
-        concept, _ = self.judged(self.store.get(prompts, self.settings.choice_seeds))
-        truth = torch.tensor([self.judge.index[label] for label, _ in named])
-        return (concept.view(len(named), -1) == truth[:, None]).float().mean(1).tolist()
+        new = [pair for pair in dict.fromkeys(named) if pair not in self.known]
+        if new:
+            prompts = [template.format(name) for _, name in new for template in PLAIN]
+            concept, _ = self.judged(self.store.get(prompts, self.settings.choice_seeds))
+            truth = torch.tensor([self.judge.index[label] for label, _ in new])
+            rates = (concept.view(len(new), -1) == truth[:, None]).float().mean(1)
+            self.known |= zip(new, rates.tolist(), strict=True)
+        return [self.known[pair] for pair in named]
 
     def qualified(self, split: Split, threshold: float | None = None) -> list[str]:
         """Concepts of a split on which the unedited model reaches the threshold."""
@@ -196,10 +204,18 @@ def cases_of(chosen: ConceptSet, styles: Sequence[str]) -> list[Case]:
     return cases + [Case("s", "", t.format(other), other) for other in chosen.far for t in PLAIN]
 
 
-def pooled(cases: Sequence[Case], right: Tensor, kind: str, owner: str | None = None) -> Rate:
-    """Hits of right [cases, seeds] over the cases of a kind, and of one erased concept if given."""
+def pooled(
+    cases: Sequence[Case], right: Tensor, kind: str, owner: str | None = None, prompts: set[str] | None = None
+) -> Rate:
+    """Hits of right [cases, seeds] over the cases of a kind; of one erased concept, of some prompts alone if given."""
     rows = [i for i, c in enumerate(cases) if c.kind == kind and owner in (None, c.owner)]
+    rows = [i for i in rows if prompts is None or cases[i].prompt in prompts]
     return Rate(int(right[rows].sum()), right[rows].numel())
+
+
+def unseen_prompts(bench: Bench) -> set[str]:
+    """The alias prompts of names that no training caption contains."""
+    return {fill(template, name).prompt for _, name in bench.unseen for template in PLAIN}
 
 
 def rates_of(
@@ -209,6 +225,7 @@ def rates_of(
     concept, style = bench.judged(pictures)
     right = concept == torch.tensor([bench.judge.index[c.truth] for c in cases])[:, None]
     rates = {f"acc_{kind}": pooled(cases, right, kind) for kind in "egsn"}
+    rates["acc_g_unseen"] = pooled(cases, right, "g", prompts=unseen_prompts(bench))
     unseen = [i for i, c in enumerate(cases) if c.kind == "n" and c.truth not in kept]
     rates["acc_n_unseen"] = Rate(int(right[unseen].sum()), right[unseen].numel())
     styled = [(i, bench.judge.styles.index(c.style)) for i, c in enumerate(cases) if c.style]
@@ -217,12 +234,16 @@ def rates_of(
     return rates, right
 
 
-def harmonics(cases: Sequence[Case], right: Tensor, erased: Sequence[str]) -> dict[str, dict[str, float]]:
-    """For each erased concept its own e, g, n, the common s, and H_4, H_o, H_c."""
+def harmonics(
+    cases: Sequence[Case], right: Tensor, erased: Sequence[str], unseen: set[str]
+) -> dict[str, dict[str, float]]:
+    """For each erased concept its own e, g, n, the common s, and H_4, H_4_unseen, H_o, H_c."""
     s, found = pooled(cases, right, "s").value, {}
     for label in erased:
         e, g, n = (pooled(cases, right, kind, label).value for kind in "egn")
-        found[label] = {"acc_e": e, "acc_g": g, "acc_n": n, "acc_s": s, **harmonic_means(e, g, s, n)}
+        new = pooled(cases, right, "g", label, unseen).value
+        found[label] = {"acc_e": e, "acc_g": g, "acc_g_unseen": new, "acc_n": n, "acc_s": s}
+        found[label] |= {**harmonic_means(e, g, s, n), "H_4_unseen": harmonic_means(e, new, s, n)["H_4"]}
     return found
 
 
@@ -241,9 +262,9 @@ def measure(
     before = bench.store.get(prompts, options.seeds)
     edited, right = rates_of(bench, cases, after, set(preserve))
     original, _ = rates_of(bench, cases, before, set(preserve))
-    by_concept = harmonics(cases, right, erased)
+    by_concept = harmonics(cases, right, erased, unseen_prompts(bench))
     h, whole = {}, np.empty(0)
-    for name in ("H_c", "H_o", "H_4"):
+    for name in ("H_c", "H_o", "H_4_unseen", "H_4"):
         whole = np.array([v for row in by_concept.values() if not math.isnan(v := row[name])])
         h[name] = (float(whole.mean()) if len(whole) else math.nan, len(whole))
     far = [i for i, case in enumerate(cases) if case.kind == "s"]

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .precision import full_precision
 from .solve import Factor
 
 
+@full_precision()
 def apply_factor(factor: Factor, weights: Sequence[Tensor], columns: int | None = None) -> list[Tensor]:
     """New weights W M, in the dtype of each W [n_i, d], for the first `columns` columns (None: all of them).
 

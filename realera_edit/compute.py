@@ -18,6 +18,7 @@ from .config import EditConfig
 from .embeddings import PromptEncoder
 from .neighbours import Clouds, Region
 from .pairs import ErasePairs, Group, build_pairs, list_groups
+from .precision import full_precision
 from .robust import RIDGE, harden
 from .solve import Factor, Solution, drift, residuals, solve
 from .statistics import Keep, Pairs
@@ -56,6 +57,7 @@ class Edit:
         return self.pooled.factor
 
 
+@full_precision()
 def compute_edit(
     encoder: PromptEncoder,
     concepts: Sequence[Concept],

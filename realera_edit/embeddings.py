@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from .contexts import Filled, Span, find_span
 from .errors import CheckpointError, EncodingError
+from .precision import full_precision
 from .prefixes import batches, encode_rows
 from .tensorfile import all_finite
 
@@ -147,6 +148,7 @@ class PromptEncoder:
         """Free the copies of weights; they are made anew when they are needed."""
         self._copies.clear()
 
+    @full_precision()
     @torch.inference_mode()
     def _forward(
         self, rows: list[tuple[int, ...]], lengths: list[int]

@@ -133,10 +133,10 @@ class ReferenceJudge:
         concept, style, features = [torch.zeros(0).long()], [torch.zeros(0).long()], [torch.zeros(0, width)]
         for start in range(0, len(pictures), _BATCH):
             part = torch.as_tensor(pictures[start : start + _BATCH])
-            own, every = self.network.pool(to_input(shrink(part)))
-            concept.append(self.network.concept(own).argmax(1))
-            style.append(self.network.style(every).argmax(1))
-            features.append(own)
+            own, every = self.network.pool(to_input(shrink(part.to(self.network.concept.weight.device))))
+            concept.append(self.network.concept(own).argmax(1).cpu())
+            style.append(self.network.style(every).argmax(1).cpu())
+            features.append(own.cpu())
         return Verdicts(*(torch.cat(parts).numpy() for parts in (concept, style, features)))
 
     @classmethod

@@ -69,7 +69,7 @@ def prior_moments(encoder: PromptEncoder, words: Sequence[str], padding: int) ->
     prompts = [prompt for pair in prior_prompts(words) for prompt in pair]
     encoded = encoder.encode(prompts, padding, label="prior")
     rows = torch.cat([e.states[1:] for e in encoded])
-    weight = torch.cat([torch.full((len(e.states) - 1,), 0.5 / (len(e.states) - 1)) for e in encoded])
+    weight = torch.cat([e.states.new_full((len(e.states) - 1,), 0.5 / (len(e.states) - 1)) for e in encoded])
     pooled = None
     if encoded[0].pooled is not None:
         pooled = second_moment(torch.stack([e.pooled for e in encoded if e.pooled is not None])) / 2
@@ -86,15 +86,18 @@ def cache_folder() -> Path:
 
 
 def load_prior(encoder: PromptEncoder, words: Sequence[str], padding: int, fingerprint: str) -> Prior | None:
-    """The prior over `words`, from the disk cache or computed and cached; None for no words.
+    """The prior over `words`, from the disk cache or computed and cached; None for no words. Its tensors are the CPU's.
 
-    The cache's key covers the encoder's weights, dtype and tokenizer (`fingerprint`), the prompts, the padding and
-    the version of this code. A damaged or unwritable cache costs time, never the edit.
+    The cache's key covers the encoder's weights, dtype and tokenizer (`fingerprint`), the prompts, the padding, the
+    kind of the device and the version of this code. A damaged or unwritable cache costs time, never the edit.
     """
     if not words:
         return None
     prompts = prior_prompts(words)
-    key = hashlib.sha256(repr((CACHE_VERSION, torch.__version__, fingerprint, padding, prompts)).encode()).hexdigest()
+    kind = encoder.pairs[0][1].device.type
+    where = () if kind == "cpu" else (kind,)  # another device rounds otherwise
+    asked = (CACHE_VERSION, torch.__version__, fingerprint, padding, prompts, *where)
+    key = hashlib.sha256(repr(asked).encode()).hexdigest()
     path = cache_folder() / f"prior-{key[:32]}.safetensors"
     try:
         from safetensors.torch import load_file
@@ -107,6 +110,7 @@ def load_prior(encoder: PromptEncoder, words: Sequence[str], padding: int, finge
         warnings.warn(f"{path}: damaged cache ({error}); computed again", RealEraWarning, stacklevel=2)
     # a memory of its own: with the cache warm or cold, the rest of the edit sees the same batches, to the bit
     cross, pooled, last = prior_moments(replace(encoder, _known={}), words, padding)
+    cross, last, pooled = cross.cpu(), last.cpu(), None if pooled is None else pooled.cpu()
     _store(path, {"cross": cross, "last": last} | ({} if pooled is None else {"pooled": pooled}))
     return Prior(tuple(words), last, cross, pooled)
 

@@ -47,6 +47,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     made.settings, made.judge, made.labels, made.model = SMALL, StubJudge(labels), labels, model
     made.concepts = {label: Concept(label, i % 3, i % 5) for i, label in enumerate(labels)}
     made.names = {label: (Alias(f"large {label}", False),) for label in labels}
+    made.unseen = {(label, f"large {label}") for label in labels[::2]}
+    made.known = {}
     made.pipe = load_pipeline(model)
     made.store = PictureStore(made.pipe, base / "pictures.sqlite", SMALL.steps, SMALL.guidance)
     made.similarity = made._similarity()

@@ -79,7 +79,7 @@ class Judge:
         return torch.as_tensor(found.concept), torch.as_tensor(found.style)
 
     @classmethod
-    def load(cls, which: Split, model: Path, cache: Path = DEFAULT_CACHE) -> "Judge":
+    def load(cls, which: Split, model: Path, cache: Path = DEFAULT_CACHE, device: str = "cpu") -> "Judge":
         """Read the judge that `train` saved for a checkpoint, or the reporting judge that ships with its model."""
         path = saved_at(which, model, cache)
         if not path.exists() and which == "report" and _weights_key(model) == _weights_key(reference_model()):
@@ -88,7 +88,7 @@ class Judge:
             command = f"python -m benchmarks.reference_model.judge --which {which} --model {model}"
             raise FileNotFoundError(f"no {which} judge at {path}; train it with `{command}`")
         found = ReferenceJudge.load(path)
-        return cls(found.network, found.labels, found.styles)
+        return cls(found.network.to(device), found.labels, found.styles)
 
 
 @torch.inference_mode()

@@ -16,8 +16,10 @@ from benchmarks.reference_model.training import has_bfloat16
 from realera_edit.hub import resolve
 from realera_edit.judges import to_uint8
 
+BATCH = {True: 64, False: 512}  # pictures at once: what fits a processor's caches, and what fills a GPU
 
-def load_pipeline(model: Path | str) -> Any:
+
+def load_pipeline(model: Path | str, device: str = "cpu") -> Any:
     """A folder, or `emoji`, as a float32 `StableDiffusionPipeline` without safety checker, in evaluation mode."""
     from diffusers import StableDiffusionPipeline
 
@@ -25,7 +27,7 @@ def load_pipeline(model: Path | str) -> Any:
         resolve(model), dtype=torch.float32, safety_checker=None, requires_safety_checker=False
     )
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe.to(device)
 
 
 @torch.inference_mode()
@@ -78,13 +80,13 @@ def generate(
     seeds: Sequence[int],
     steps: int = 18,
     guidance: float = 4.0,
-    batch: int = 64,
+    batch: int | None = None,
     fast: bool = False,
 ) -> np.ndarray:
     """One picture for each prompt and seed: uint8 [prompts, seeds, H, W, 3].
 
     The noise depends on the seed only, so pictures of one prompt and seed can be compared between models; the
-    batch changes them by rounding alone. Each distinct prompt is encoded once.
+    batch (None: what suits the device) changes them by rounding alone. Each distinct prompt is encoded once.
     """
     distinct = list(dict.fromkeys(prompts))
     pictures = draw(pipe, encode(pipe, distinct), seeds, steps, guidance, batch, fast)
@@ -98,7 +100,7 @@ def draw(
     seeds: Sequence[int],
     steps: int = 18,
     guidance: float = 4.0,
-    batch: int = 64,
+    batch: int | None = None,
     fast: bool = False,
 ) -> np.ndarray:
     """As `generate`, of text states [n, length, width] in place of prompts: uint8 [n, seeds, H, W, 3]."""
@@ -108,6 +110,7 @@ def draw(
             part.eval().to(memory_format=torch.channels_last)
     empty = encode(pipe, [""])
     noise = torch.stack([initial_noise(pipe, seed) for seed in seeds]).to(states.device)
+    batch = batch or BATCH[states.device.type == "cpu"]
     drawn = []
     for start in range(0, len(pairs), batch):
         i, j = (list(index) for index in zip(*pairs[start : start + batch], strict=True))
@@ -134,13 +137,15 @@ def fingerprint(pipe: Any) -> str:
 class PictureStore:
     """Pictures of one unedited model on disk, by prompt and seed, drawn when first asked for.
 
-    The key holds the model's fingerprint, the steps, the guidance and the precision: an edited model shares no entry.
+    The key holds the model's fingerprint, the steps, the guidance, the precision and the kind of a device that is no
+    CPU, which rounds otherwise: an edited model shares no entry.
     """
 
     def __init__(self, pipe: Any, path: Path, steps: int = 18, guidance: float = 4.0, fast: bool = False) -> None:
         """Open or create the store at `path`; `pipe` must stay unedited."""
         self.pipe, self.steps, self.guidance, self.fast = pipe, steps, guidance, fast
-        self.key = f"{fingerprint(pipe)} {steps} {guidance}" + " bfloat16" * fast
+        kind = pipe.unet.device.type
+        self.key = f"{fingerprint(pipe)} {steps} {guidance}" + " bfloat16" * fast + f" {kind}" * (kind != "cpu")
         path.parent.mkdir(parents=True, exist_ok=True)
         self.database = sqlite3.connect(path, timeout=60)
         self.database.execute(
