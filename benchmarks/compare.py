@@ -37,11 +37,13 @@ from benchmarks.quality import Bench, Quality, Rate, Settings, load_pipeline, me
 from benchmarks.reference_model.pictures import DEFAULT_CACHE, write_atomically
 from benchmarks.reference_model.splits import Split, split_of
 from realera_edit import Concept, EditConfig, RealEraError, RealEraWarning, edit_model, svg
-from realera_edit.metrics import bootstrap
+from realera_edit.metrics import bootstrap_groups
 from realera_edit.pipeline import LoadedPipeline
 
 EDITORS = ("ours", *(name + suffix for name in PEERS for suffix in ("", "+")))
 RATES = ("acc_e", "acc_g", "acc_g_unseen", "acc_s", "acc_n", "acc_n_unseen", "style_kept")
+LED = ("H_4", "H_4_unseen")
+HARMONIC = (*LED, "H_o", "H_c")
 Row = dict[str, Any]
 
 
@@ -212,34 +214,55 @@ def pooled(rows: Sequence[Row]) -> Row:
             parts = [row[side][name] for row in good if name in row[side]]  # older rows lack the later ones
             rate = Rate(sum(p["hits"] for p in parts), sum(p["count"] for p in parts))
             line[prefix + name] = {"mean": rate.value, "ci": rate.interval, "count": rate.count}
-    for name in ("H_4", "H_4_unseen", "H_o", "H_c"):
-        single = [v for row in good for c in row["by_concept"].values() if (v := c.get(name)) is not None]
-        mean = float(np.mean(single)) if single else float("nan")
-        line[name.lower().replace("h_4", "h4")] = {
-            "mean": mean,
-            "ci": bootstrap(np.array(single)),
-            "count": len(single),
-        }
+    for name in HARMONIC:
+        line[name.lower().replace("h_4", "h4")] = mean_of(by_concept(good, name))
     line["drift"] = float(np.mean([row["drift"] for row in good if row["drift"] is not None] or [np.nan]))
     line["seconds"] = common.median([row["edit_seconds"] for row in good]) if good else float("nan")
     return tidy(line)
 
 
+def by_concept(rows: Sequence[Row], name: str) -> dict[tuple[int, str], float]:
+    """(draw, concept) -> a harmonic mean, of the concepts that have all its parts."""
+    found = {(row["draw"], c): parts.get(name) for row in rows for c, parts in row["by_concept"].items()}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def mean_of(values: Mapping[tuple[int, str], float]) -> Row:
+    """Mean of (draw, concept) -> value, its interval by resampling concepts, and how many values there are."""
+    groups: dict[str, list[float]] = {}
+    for (_, concept), value in values.items():
+        groups.setdefault(concept, []).append(value)
+    mean = float(np.mean([*values.values()])) if values else float("nan")
+    return {"mean": mean, "ci": bootstrap_groups([*groups.values()]), "count": len(values), "concepts": len(groups)}
+
+
 def summary(rows: Sequence[Row]) -> list[Row]:
-    """One pooled row for each count of concepts and editor, in the order of their first rows."""
+    """One pooled row for each count of concepts and editor, in the order of their first rows.
+
+    `h4_lead`, `h4_unseen_lead`: how much higher the first editor of that count stands, concept by concept.
+    """
     groups: dict[tuple[int, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["concepts"], label(row)), []).append(row)
-    return [pooled(group) for _, group in sorted(groups.items(), key=lambda item: item[0][0])]
+    lines, first = [], dict[int, list[Row]]()
+    for (count, _), group in sorted(groups.items(), key=lambda item: item[0][0]):
+        good = [row for row in group if "error" not in row]
+        leader, line = first.setdefault(count, good), pooled(group)
+        for name in LED if leader is not good else ():
+            ours, its = by_concept(leader, name), by_concept(good, name)
+            led = {key: ours[key] - value for key, value in its.items() if key in ours}
+            line[name.lower().replace("h_4", "h4") + "_lead"] = tidy(mean_of(led))
+        lines.append(line)
+    return lines
 
 
 def table(lines: Sequence[Row]) -> str:
     """A Markdown table of the pooled rows, every rate with its 95 % interval, and the unedited model's beside them."""
-    columns = [*RATES, "h4", "h4_unseen", "h_o"]
+    columns = [*RATES, "h4", "h4_lead", "h4_unseen", "h4_unseen_lead", "h_o"]
     head = ["concepts", "editor", "draws", *columns, "drift", "seconds"]
 
-    def cell(part: Row) -> str:
-        if part["mean"] is None:
+    def cell(part: Row | None) -> str:
+        if part is None or part["mean"] is None:
             return "-"
         return f"{part['mean']:.3f} [{part['ci'][0]:.3f}, {part['ci'][1]:.3f}]"
 
@@ -254,7 +277,7 @@ def table(lines: Sequence[Row]) -> str:
             before = [cell(line["unedited_" + name]) for name in RATES]
             blank = ["-"] * (len(head) - 3 - len(before))
             out.append("| " + " | ".join([str(line["concepts"]), "unedited", "-", *before, *blank]) + " |")
-        cells = [str(line["concepts"]), line["editor"], str(line["draws"]), *(cell(line[c]) for c in columns)]
+        cells = [str(line["concepts"]), line["editor"], str(line["draws"]), *(cell(line.get(c)) for c in columns)]
         out.append("| " + " | ".join([*cells, number(line["drift"]), number(line["seconds"])]) + " |")
     return "\n".join(out)
 

@@ -30,7 +30,8 @@ from .vocabulary import Neighbourhood, Prior, load_prior, mine_words, whole_word
 class Edit:
     """A solved edit, independent of any denoiser: the factor of each text space and its diagnostics.
 
-    `residual` [groups]: share of each erased name left in text space. `drift`: the same for each preserved entry,
+    `residual` [groups]: share of each erased name left in text space; `missed` [groups]: by how much that is more than
+    was asked of the solve. `drift`: the same for each preserved entry,
     as (entry, mean, worst) of |M r - r| / |r| over its states. `seconds`: time of each stage. `rows`, `prior` and
     `preserved` (entry, states): what the solve was given, for `geometry`; a stored edit has them no longer.
     """
@@ -41,6 +42,7 @@ class Edit:
     cross: Solution
     pooled: Solution | None
     residual: Tensor
+    missed: Tensor
     drift: tuple[tuple[str, float, float], ...]
     fingerprint: str
     seconds: dict[str, float]
@@ -83,11 +85,14 @@ def compute_edit(
     pairs = build_pairs(encoder, concepts, groups, config, preserve)
     anchors = _anchors(encoder, prior, preserve, concepts, groups, hoods, config)
     clock.lap("encode")
-    wanted = torch.tensor([1 - strength_of(concepts[g.concept], config) for g in groups], dtype=torch.float64)
-    cross = _solve(pairs.cross, anchors.cross, wanted, config, metric)
+    beyond = 0.0 if config.robust else config.overshoot
+    strengths = torch.tensor([strength_of(concepts[g.concept], config) for g in groups], dtype=torch.float64)
+    wanted, aimed = 1 - strengths / (1 + beyond), overshot(pairs.cross, beyond)
+    cross = _solve(aimed, anchors.cross, wanted, config, metric)
     pooled = None
     if pairs.pooled is not None and anchors.pooled is not None:
-        pooled = _solve(pairs.pooled, anchors.pooled, wanted, replace(config, perturbation="none"))
+        plain = replace(config, perturbation="none")
+        pooled = _solve(overshot(pairs.pooled, beyond), anchors.pooled, wanted, plain)
     clock.lap("solve")
     moved = [(name, drift(cross.factor, states)) for name, states in anchors.preserved]
     return Edit(
@@ -97,6 +102,7 @@ def compute_edit(
         cross=cross,
         pooled=pooled,
         residual=residuals(cross.factor, pairs.cross),
+        missed=residuals(cross.factor, aimed).cpu() - wanted,
         drift=tuple((name, float(d.mean()), float(d.max())) for name, d in moved),
         fingerprint=fingerprint,
         seconds=clock.laps,
@@ -168,6 +174,16 @@ def _anchors(
     rim = dict.fromkeys(word for row in hoods for hood in row for word, _ in hood.outside if word.lower() not in erased)
     taken = [] if prior is None else [word for word in prior.words if word.lower() in erased]
     return build_anchors(encoder, prior, held, list(rim), taken, config)
+
+
+def overshot(pairs: Pairs, beyond: float) -> Pairs:
+    """The pairs with targets `beyond` times the way further off: x + (1 + beyond) (y - x).
+
+    The solve takes its directions in the order of their leverage, by the filter a g / (1 + a g). To go the whole way in
+    those that are the concept's own, it must go far in those that it shares with the rest, too. Towards a target
+    further off with a smaller weight, the first go as far and the others less.
+    """
+    return replace(pairs, y=pairs.x + (1 + beyond) * (pairs.y - pairs.x)) if beyond else pairs
 
 
 def _solve(pairs: Pairs, keep: Keep, wanted: Tensor, config: EditConfig, metric: Tensor | None = None) -> Solution:

@@ -14,8 +14,9 @@ from .errors import ConfigError
 KINDS = ("general", "object", "person", "style")
 PERTURBATIONS = ("none", "isotropic", "covariance")
 
-# Default strength by the number of names; measured at 1, 10 and 50.
-STRENGTHS = ((1, 0.8), (10, 0.7), (50, 0.6), (100, 0.5))
+# Default strength by the number of names, with an overshoot and without one; measured at 1, 10, 50 and 100.
+STRENGTHS = ((1, 0.8), (10, 0.75), (50, 0.6), (100, 0.55))
+PLAIN_STRENGTHS = ((1, 0.8), (10, 0.7), (50, 0.6), (100, 0.5))
 # A robust solve moves the rest further at the same strength (docs/evaluation.md); so much less costs about the same.
 ROBUST_LESS = 0.1
 
@@ -55,9 +56,16 @@ class EditConfig:
     strength: float | None = _option(
         None,
         "Share of each concept to remove, 0 to 1 (wanted residual = 1 - strength).  [default: 0.8 for one name, "
-        "0.7 for ten, 0.6 for fifty; 0.1 less with robust]",
+        "0.75 for ten, 0.6 for fifty; without overshoot 0.7 for ten, and 0.1 less with robust]",
         0.0,
         0.9999,
+    )
+    overshoot: float = _option(
+        0.5,
+        "How far beyond its target a concept is sent, as a share of the way, with a smaller weight: the same is gone, "
+        "and the rest moves less (not with robust).",
+        0.0,
+        10.0,
     )
     kind: str = _option("general", "Contexts and default target to use.", choices=KINDS)
     contexts: tuple[str, ...] = _option((), "Own prompt templates, each with one {} for the concept.")
@@ -115,18 +123,19 @@ class EditConfig:
         return cls(**options)
 
     def strength_for(self, names: int) -> float:
-        """`strength`, or its default for so many names in one edit, by log-linear interpolation in `STRENGTHS`.
+        """`strength`, or its default for so many names in one edit, log-linear between those of `STRENGTHS`.
 
         The more is erased at once, the more each erased direction costs the rest, and the less of each is enough
         (docs/defaults.md).
         """
         if self.strength is not None:
             return self.strength
+        known = STRENGTHS if self.overshoot and not self.robust else PLAIN_STRENGTHS
         less, at = ROBUST_LESS if self.robust else 0.0, math.log(max(names, 1))
-        for (low, first), (high, last) in itertools.pairwise(STRENGTHS):
+        for (low, first), (high, last) in itertools.pairwise(known):
             if names <= high:
                 return first + (last - first) * (at - math.log(low)) / math.log(high / low) - less
-        return STRENGTHS[-1][1] - less
+        return known[-1][1] - less
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON types."""

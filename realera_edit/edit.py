@@ -35,7 +35,7 @@ from .writer import check_outside, edited_tensors
 if TYPE_CHECKING:
     from .geometry import Geometry
 
-# A residual this far above the wanted one is worth a warning.
+# What is left, this far above what was asked, is worth a warning.
 RESIDUAL_SLACK = 0.1
 
 
@@ -254,9 +254,9 @@ def _warn(result: EditResult) -> None:
     """Warn of names that stay further from their target than was wanted."""
     edit = result.edit
     weak = []
-    for group, left in zip(edit.groups, edit.residual.tolist(), strict=True):
+    for group, left, missed in zip(edit.groups, edit.residual.tolist(), edit.missed.tolist(), strict=True):
         wanted = 1 - strength_of(edit.concepts[group.concept], result.config)
-        if group.role != "word" and left > wanted + RESIDUAL_SLACK:
+        if group.role != "word" and missed > RESIDUAL_SLACK:
             weak.append(f"{group.name} ({left:.2f} left, {wanted:.2f} wanted)")
     if weak:
         warnings.warn(

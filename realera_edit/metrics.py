@@ -61,6 +61,16 @@ def bootstrap(values: np.ndarray, draws: int = 2000) -> tuple[float, float]:
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
+def bootstrap_groups(groups: Sequence[Sequence[float]], draws: int = 2000) -> tuple[float, float]:
+    """As `bootstrap`, of the mean of all values, where those of a group (one concept in several sets) go together."""
+    if not groups:
+        return math.nan, math.nan
+    sums, counts = np.array([sum(group) for group in groups]), np.array([len(group) for group in groups])
+    chosen = np.random.default_rng(0).integers(0, len(groups), (draws, len(groups)))
+    means = sums[chosen].sum(1) / counts[chosen].sum(1)
+    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+
+
 def harmonic_means(e: float, g: float, s: float, n: float) -> dict[str, float]:
     """H_4 of one concept, with H_o and H_c of MACE (arXiv 2403.06135): high is good, 1 the most.
 

@@ -96,7 +96,8 @@ def _row(row: Mapping[str, Any], step: Mapping[str, Any]) -> dict[str, Any]:
     """One row of a concept file, without what the configuration says already."""
     config = step["config"]
     names = sum(1 + len(other["aliases"]) for other in step["concepts"])
-    common = EditConfig(strength=config.get("strength"), robust=config.get("robust", 0)).strength_for(names)
+    told = {name: config[name] for name in ("strength", "overshoot", "robust") if name in config}
+    common = EditConfig.of(told).strength_for(names)
     found: dict[str, Any] = {"concept": str(row["name"]), "target": str(row["target"])}
     if row["aliases"]:
         found["aliases"] = [str(alias) for alias in row["aliases"]]

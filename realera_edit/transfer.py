@@ -140,6 +140,7 @@ def _as_edit(file: EditFile) -> Edit:
         cross=solutions["cross"],
         pooled=solutions.get("pooled"),
         residual=torch.empty(0),
+        missed=torch.empty(0),
         drift=(),
         fingerprint=file.recipe["text_encoder"],
         seconds={},

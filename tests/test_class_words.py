@@ -36,9 +36,9 @@ def test_which_words(concepts: list[Concept], taken: tuple[str, ...], found: lis
 def test_others_of_the_class_stay_closer(emoji: Path) -> None:
     moved = {}
     for hold in (True, False):
-        result = edit_model(emoji, ["wine glass"], config=EditConfig(hold_class=hold))
+        result = edit_model(emoji, ["wine glass"], config=EditConfig(hold_class=hold, overshoot=0))
         record = result.to_dict()
-        assert result.edit.residual[0] == pytest.approx(0.2, abs=0.05)  # as erased as without
+        assert abs(float(result.edit.missed[0])) < 0.05  # as erased as without
         assert ("glass" in record["drift"]) is hold
         assert record["config"]["hold_class"] is hold
         assert record["preserve"] == []  # what the user named

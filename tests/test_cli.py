@@ -211,7 +211,7 @@ def test_the_real_model(emoji: Path, tmp_path: Path) -> None:
     before = tree(emoji)
     said = run("erase", emoji, "cat face", "-o", tmp_path / "out", "--json")
     record = json.loads(said.stdout)
-    assert record["concepts"][0]["residual"]["cat face"] <= 1 - EditConfig().strength_for(1) + 0.1
+    assert record["concepts"][0]["residual"]["cat face"] <= 1 - EditConfig().strength_for(1) + 0.2
     assert {key: record["projections"][key] for key in ("k_edited", "v_edited")} == {"k_edited": 7, "v_edited": 7}
     DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert tree(emoji) == before

@@ -13,9 +13,10 @@ from helpers import QUICK
 
 from realera_edit import Concept, EditConfig, RealEraWarning, edit_model
 from realera_edit.checkpoint import open_checkpoint
+from realera_edit.compute import overshot
 from realera_edit.errors import CheckpointError, ConceptError, ConfigError, EncodingError
 from realera_edit.pairs import build_pairs, list_groups
-from realera_edit.solve import drift
+from realera_edit.solve import drift, residuals
 
 
 def states(encoder: Any, prompt: str, positions: int = 2) -> torch.Tensor:
@@ -32,7 +33,8 @@ def moved(factor: Any, x: torch.Tensor, y: torch.Tensor) -> float:
 
 def test_the_concept_reads_like_its_target_and_the_kept_like_themselves(emoji: Path) -> None:
     """On the real model, in a context that the edit has not seen."""
-    result = edit_model(emoji, ["pizza"], preserve=["guitar"], config=EditConfig(strength=0.9))
+    config = EditConfig(strength=0.9, overshoot=0)
+    result = edit_model(emoji, ["pizza"], preserve=["guitar"], config=config)
     encoder, factor = result.source.encoder, result.edit.cross.factor
     erased = states(encoder, "an emoji of a pizza")
     assert moved(factor, erased, states(encoder, "an emoji of a object")) < 0.5
@@ -53,15 +55,47 @@ def test_an_alias_and_a_word_go_with_the_concept(emoji: Path) -> None:
 
 def test_strength_is_a_dial(emoji: Path) -> None:
     left = [
-        float(edit_model(emoji, ["pizza"], config=EditConfig(words=0, strength=strength)).edit.residual[0])
+        float(edit_model(emoji, ["pizza"], config=EditConfig(strength=strength, overshoot=0)).edit.residual[0])
         for strength in (0.0, 0.3, 0.6, 0.9)
     ]
     assert left == pytest.approx([1.0, 0.7, 0.4, 0.1], abs=1e-5)
 
 
+def test_an_overshoot_moves_the_rest_less_for_the_same_concept(emoji: Path) -> None:
+    """Its leading direction goes as far, in fewer others; what was asked is asked of the target further off."""
+    plain, beyond = (
+        edit_model(emoji, ["pizza"], config=EditConfig(strength=0.8, overshoot=o)).edit for o in (0.0, 0.5)
+    )
+    assert plain.rows is not None
+    assert beyond.rows is not None
+    pairs = overshot(beyond.rows.cross, 0.5)
+    assert torch.equal(beyond.rows.cross.y, plain.rows.cross.y)  # what it becomes stays what it was
+    torch.testing.assert_close(pairs.y - pairs.x, 1.5 * (plain.rows.cross.y - plain.rows.cross.x))
+    asked = 1 - 0.8 / 1.5
+    assert residuals(beyond.cross.factor, pairs).tolist() == pytest.approx([asked], abs=1e-5)
+    assert beyond.missed.tolist() == pytest.approx([0.0], abs=1e-5)
+    gap = plain.rows.cross.y - plain.rows.cross.x
+    _, _, leading = torch.linalg.svd(gap.double(), full_matrices=False)
+    along = [
+        float(((e.cross.factor.map(plain.rows.cross.x) - plain.rows.cross.x) @ leading[0]).norm())
+        for e in (plain, beyond)
+    ]
+    assert along[1] == pytest.approx(along[0], rel=0.1)
+    assert beyond.prior is not None
+    words = drift(plain.cross.factor, beyond.prior.last), drift(beyond.cross.factor, beyond.prior.last)
+    assert float(words[1].mean()) < 0.9 * float(words[0].mean())
+
+
+def test_a_robust_edit_does_not_overshoot(emoji: Path) -> None:
+    one, two = (
+        edit_model(emoji, ["pizza"], config=EditConfig(robust=1, strength=0.7, overshoot=o)).edit for o in (0.0, 0.5)
+    )
+    assert torch.equal(one.cross.factor.delta(), two.cross.factor.delta())
+
+
 def test_a_concept_s_own_strength_wins(emoji: Path) -> None:
     result = edit_model(
-        emoji, [Concept("pizza", strength=0.4), Concept("guitar")], config=EditConfig(words=0, strength=0.8)
+        emoji, [Concept("pizza", strength=0.4), Concept("guitar")], config=EditConfig(strength=0.8, overshoot=0)
     )
     left = result.edit.residual.tolist()
     assert left[0] == pytest.approx(0.6, abs=0.05)

@@ -59,7 +59,7 @@ def test_styles_are_averaged_whatever_their_length(sd1: Path) -> None:
 
 def test_a_style_is_solved_towards_the_styles_that_stay(sd1: Path) -> None:
     kept = [word for word in words() if word not in ("cat", "art")][:2]
-    config = replace(QUICK, strength=0.8, kind="style")
+    config = replace(QUICK, strength=0.8, overshoot=0, kind="style")
     found = edit_model(sd1, ["cat"], preserve=kept, config=config)
     assert found.edit.concepts[0].target == AVERAGE
     assert found.edit.residual[0] < 0.3
@@ -90,7 +90,7 @@ def test_what_is_erased_is_not_in_the_average(sd1: Path) -> None:
 def test_an_average_target_is_solved_for(sd1: Path) -> None:
     """What is left, measured from the average itself, is what was asked for; and it is not the edit to "object"."""
     single = [word for word in words() if word not in ("cat", "object")][:40]
-    config = replace(QUICK, strength=0.8)
+    config = replace(QUICK, strength=0.8, overshoot=0)
     average = edit_model(sd1, ["cat"], target=AVERAGE, preserve=single, config=config)
     assert average.edit.residual[0] == pytest.approx(0.2, abs=0.05)
     other = edit_model(sd1, ["cat"], target="object", preserve=single, config=config)
@@ -111,15 +111,15 @@ def test_a_recipe_leaves_the_default_strength_out(sd1: Path) -> None:
 
 
 def test_the_default_strength_falls_with_the_number_of_names(sd1: Path) -> None:
-    config = EditConfig()
-    assert [round(config.strength_for(count), 3) for count in (1, 3, 10, 50, 100, 10_000)] == [
-        *(0.8, 0.752, 0.7),
-        *(0.6, 0.5, 0.5),
-    ]
+    for overshoot, wanted in ((0.5, (0.8, 0.776, 0.75, 0.6, 0.55, 0.55)), (0, (0.8, 0.752, 0.7, 0.6, 0.5, 0.5))):
+        config = EditConfig(overshoot=overshoot)
+        found = [round(config.strength_for(count), 3) for count in (1, 3, 10, 50, 100, 10_000)]
+        assert found == [*wanted], overshoot
     assert EditConfig(strength=0.3).strength_for(50) == 0.3
     assert EditConfig(robust=2).strength_for(1) == pytest.approx(0.7)
+    assert EditConfig(robust=2).strength_for(10) == pytest.approx(0.6)
     assert EditConfig(robust=2, strength=0.8).strength_for(1) == 0.8
-    quick = replace(QUICK, strength=None)
+    quick = replace(QUICK, strength=None, overshoot=0)
     both = edit_model(sd1, ["cat", Concept("dog", strength=0.4)], config=quick).edit
     assert [c.strength for c in both.concepts] == [quick.strength_for(2), 0.4]
     assert both.residual.tolist() == pytest.approx([1 - quick.strength_for(2), 0.6], abs=0.1)
