@@ -55,7 +55,7 @@ class EditConfig:
 
     strength: float | None = _option(
         None,
-        "Share of each concept to remove, 0 to 1 (wanted residual = 1 - strength).  [default: 0.8 for one name, "
+        "Share of each concept to remove, 0 to 1; without overshoot 1 - strength is left.  [default: 0.8 for one name, "
         "0.75 for ten, 0.6 for fifty; without overshoot 0.7 for ten, and 0.1 less with robust]",
         0.0,
         0.9999,

@@ -91,6 +91,11 @@ def test_rows_are_complete_and_a_run_resumes(
         assert row["command"].startswith("python -m benchmarks.compare --model")
         assert (row["threads"], row["seed"], row["device"]) == (1, 0, "cpu")
         assert row["edited"]["acc_e"]["count"] == 3 * row["concepts"]
+        unseen = [label for label in row["erased"] if (label, f"large {label}") in bench.unseen]
+        assert row["edited"]["acc_g_unseen"]["count"] == 2 * len(unseen) <= row["edited"]["acc_g"]["count"]
+        for label, parts in row["by_concept"].items():
+            assert (parts["H_4_unseen"] is None) == (label not in unseen)
+            assert label not in unseen or parts["H_4_unseen"] == parts["H_4"]  # its only alias
     monkeypatch.setattr(compare, "measured", lambda *_: pytest.fail("a row was measured again"))
     again = run(*arguments)
     assert again["rows"] == first["rows"]
