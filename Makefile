@@ -19,7 +19,7 @@ demo: .venv/.installed
 		--rows "cat face: erased" "kitty: an alias" "dog face: preserved" "pizza: unrelated" "guitar: unrelated" \
 		--out $(OUT)/demo.png
 	@echo "Look at $(OUT)/demo.png: each row is a prompt, left the original model, right the edited one, same seeds."
-	@echo "The cat rows change, the dog stays a dog, pizza and guitar stay nearly the same pictures. The edited model is $(OUT)/no-cat."
+	@echo "The cat rows change, the dog, pizza and guitar stay nearly the same pictures. The edited model is $(OUT)/no-cat."
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
@@ -37,7 +37,7 @@ QUALITY = $(BIN)/python -m benchmarks.compare --model emoji --fast --steps 8 --s
 	--results benchmarks/results/report-emoji.jsonl
 bench-quality: .venv/.installed
 	$(QUALITY) --concepts 10 --draws 10 --editors ours mace uce speed rece
-	$(QUALITY) --concepts 100 --draws 1 --editors ours mace uce speed
+	$(QUALITY) --concepts 100 --draws 1 --editors ours mace uce speed rece
 	$(QUALITY) --concepts 1 --draws 16 --editors ours mace uce speed rece
 	$(QUALITY) --table --summary benchmarks/results/quality.json --curves docs/h4.svg
 
