@@ -25,7 +25,7 @@ BANDS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 2.0)
 
 def measured(readings: Readings, concept: str, strength: float) -> list[tuple[float, bool]]:
     """(drift, still itself in both prompts) of every other concept."""
-    result = edit_model(readings.pipe, [concept], config=EditConfig(strength=strength))
+    result = edit_model(readings.pipe, [concept], config=EditConfig(strength=strength, overshoot=0))
     try:
         others = [label for label in readings.labels if label != concept]
         encoded = result.source.encoder.encode(others)
