@@ -37,6 +37,7 @@ QUALITY = $(BIN)/python -m benchmarks.compare --model emoji --fast --steps 8 --s
 	--results benchmarks/results/report-emoji.jsonl
 bench-quality: .venv/.installed
 	$(QUALITY) --concepts 10 --draws 10 --editors ours mace uce speed rece
+	$(QUALITY) --concepts 50 --draws 2 --editors ours mace uce
 	$(QUALITY) --concepts 100 --draws 1 --editors ours mace uce speed rece
 	$(QUALITY) --concepts 1 --draws 16 --editors ours mace uce speed rece
 	$(QUALITY) --table --summary benchmarks/results/quality.json --curves docs/h4.svg
