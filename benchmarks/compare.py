@@ -215,10 +215,15 @@ def pooled(rows: Sequence[Row]) -> Row:
             rate = Rate(sum(p["hits"] for p in parts), sum(p["count"] for p in parts))
             line[prefix + name] = {"mean": rate.value, "ci": rate.interval, "count": rate.count}
     for name in HARMONIC:
-        line[name.lower().replace("h_4", "h4")] = mean_of(by_concept(good, name))
+        line[column(name)] = mean_of(by_concept(good, name))
     line["drift"] = float(np.mean([row["drift"] for row in good if row["drift"] is not None] or [np.nan]))
     line["seconds"] = common.median([row["edit_seconds"] for row in good]) if good else float("nan")
     return tidy(line)
+
+
+def column(name: str) -> str:
+    """The key of a harmonic mean in a pooled row: "h4_unseen" of "H_4_unseen"."""
+    return name.lower().replace("h_4", "h4")
 
 
 def by_concept(rows: Sequence[Row], name: str) -> dict[tuple[int, str], float]:
@@ -251,7 +256,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
         for name in LED if leader is not good else ():
             ours, its = by_concept(leader, name), by_concept(good, name)
             led = {key: ours[key] - value for key, value in its.items() if key in ours}
-            line[name.lower().replace("h_4", "h4") + "_lead"] = tidy(mean_of(led))
+            line[column(name) + "_lead"] = tidy(mean_of(led))
         lines.append(line)
     return lines
 

@@ -16,7 +16,7 @@ from benchmarks.reference_model.training import has_bfloat16
 from realera_edit.hub import resolve
 from realera_edit.judges import to_uint8
 
-BATCH = {True: 64, False: 512}  # pictures at once: what fits a processor's caches, and what fills a GPU
+CPU_BATCH, GPU_BATCH = 64, 512  # pictures at once: what fits a processor's caches, and what fills a GPU
 
 
 def load_pipeline(model: Path | str, device: str = "cpu") -> Any:
@@ -110,7 +110,7 @@ def draw(
             part.eval().to(memory_format=torch.channels_last)
     empty = encode(pipe, [""])
     noise = torch.stack([initial_noise(pipe, seed) for seed in seeds]).to(states.device)
-    batch = batch or BATCH[states.device.type == "cpu"]
+    batch = batch or (CPU_BATCH if states.device.type == "cpu" else GPU_BATCH)
     drawn = []
     for start in range(0, len(pairs), batch):
         i, j = (list(index) for index in zip(*pairs[start : start + batch], strict=True))
