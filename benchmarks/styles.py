@@ -3,6 +3,7 @@
 `python -m benchmarks.styles --model emoji --editors ours uce mace speed rece` erases each style of the emoji model by
 itself with each editor of `benchmarks.compare`; two of the other styles are named to be retained, two are not. A thing
 takes part in a style where the unedited model draws both of them right. Rows are kept as in `benchmarks.compare`.
+`--beside N` erases N concepts in the same edit, with half of the others retained: a mixture of a style and things.
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ import torch
 from torch import Tensor
 
 from benchmarks import common
-from benchmarks.compare import Editor, append_row, key_of, make_editor, read_rows, tidy
-from benchmarks.quality import Bench, Rate, Settings, generate, load_pipeline
+from benchmarks.compare import Editor, append_row, key_of, make_editor, read_rows, retained, tidy
+from benchmarks.quality import PLAIN, Bench, Rate, Settings, generate, load_pipeline
 from benchmarks.reference_model.pictures import DEFAULT_CACHE
 from benchmarks.reference_model.splits import split_of
 from realera_edit import Concept, EditConfig, RealEraError, RealEraWarning
 from realera_edit.contexts import CONTEXTS
 
 TEMPLATES = ("a {style} emoji of a {name}", "{name} in {style} style")
-METRICS = ("style_left", "object_kept", "retained_styles", "other_styles", "other_objects")
+METRICS = ("style_left", "object_kept", "retained_styles", "other_styles", "other_objects", "beside_left")
 RETAINED = "<retained>"
+BESIDE = ""  # the style of prompts that name none: those of the things that are erased beside a style
 Row = dict[str, Any]
 
 
@@ -53,13 +55,18 @@ def right(bench: Bench, pictures: Any, cases: Sequence[Case]) -> tuple[Tensor, T
     """Which pictures [cases, seeds] show the named thing, and which the named style."""
     concept, style = bench.judged(pictures)
     names = torch.tensor([bench.judge.index[c.name] for c in cases])[:, None]
-    styles = torch.tensor([bench.judge.styles.index(c.style) for c in cases])[:, None]
+    styles = torch.tensor([bench.judge.styles.index(c.style) if c.style else -1 for c in cases])[:, None]
     return concept == names, style == styles
 
 
+def in_order(bench: Bench, split: Any) -> list[str]:
+    """The concepts of a split that the unedited model draws, in a fixed order."""
+    return sorted(bench.qualified(split), key=lambda label: (split_of(label + "#style"), label[::-1]))
+
+
 def chosen(bench: Bench, split: Any, most: int) -> dict[str, list[str]]:
-    """For each style the first `most` concepts of a split, in a fixed order, that are drawn right in it."""
-    labels = sorted(bench.qualified(split), key=lambda label: (split_of(label + "#style"), label[::-1]))
+    """For each style the first `most` concepts of a split that are drawn right in it."""
+    labels = in_order(bench, split)
     found: dict[str, list[str]] = {}
     for style in bench.judge.styles:
         mine = found[style] = []
@@ -82,13 +89,14 @@ def rates(cases: Sequence[Case], things: Tensor, styles: Tensor, erased: str, ke
         part = hits[[c.style in wanted for c in cases]]
         return Rate(int(part.sum()), part.numel())
 
-    others = [style for style in dict.fromkeys(c.style for c in cases) if style != erased]
+    others = [style for style in dict.fromkeys(c.style for c in cases) if style not in (erased, BESIDE)]
     return {
         "style_left": rate(styles, [erased]),
         "object_kept": rate(things, [erased]),
         "retained_styles": rate(styles, kept),
         "other_styles": rate(styles, [style for style in others if style not in kept]),
         "other_objects": rate(things, others),
+        "beside_left": rate(things, [BESIDE]),
     }
 
 
@@ -108,22 +116,28 @@ def rows_of(bench: Bench, pipe: Any, options: argparse.Namespace, record: Row) -
     originals = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
     styles = list(bench.judge.styles)
     things = chosen(bench, options.split, options.things)
-    cases = cases_of(styles, things)
+    drawn = {name for names in things.values() for name in names}
+    beside = [name for name in reversed(in_order(bench, options.split)) if name not in drawn][: options.beside]
+    staying = retained(bench, options.split, beside) if beside else []
+    cases = cases_of(styles, things) + [Case(t.format(name), BESIDE, name) for name in beside for t in PLAIN]
     prompts = [case.prompt for case in cases]
     before = right(bench, bench.store.get(prompts, drawing.seeds), cases)
     for place, erased in enumerate(styles):
         kept = [styles[(place + step) % len(styles)] for step in (1, 2)]
         for written in options.editors:
-            editor = for_styles(make_editor(written, 1))
+            editor = make_editor(written, 1 + len(beside)) if beside else for_styles(make_editor(written, 1))
             about = {"editor": written, "settings": editor.described(), "erased": erased, "retain": kept}
             target = kept[0] if options.target == RETAINED else options.target
             about |= {"target": target, "split": options.split, "judge": options.judge, "things": things}
+            if beside:
+                about |= {"beside": beside, "retain": [*kept, *staying]}
             key = key_of(bench, about)
             if key not in known:
                 row: Row = {"key": key, **about}
-                call = Concept(erased, target)
+                calls = [Concept(erased, target, kind="style" if beside else None), *map(Concept, beside)]
+                edit = functools.partial(editor, pipe, calls, about["retain"])
                 try:
-                    seconds, _ = common.timed(functools.partial(editor, pipe, [call], kept), pipe.device.type)
+                    seconds, _ = common.timed(edit, pipe.device.type)
                     after = generate(pipe, prompts, drawing.seeds, drawing.steps, drawing.guidance, fast=drawing.fast)
                     row |= {"edit_seconds": seconds}
                     for side, hits in (("edited", right(bench, after, cases)), ("original", before)):
@@ -137,16 +151,18 @@ def rows_of(bench: Bench, pipe: Any, options: argparse.Namespace, record: Row) -
             yield known[key]
 
 
+def total(parts: Sequence[Row]) -> Rate:
+    """Stored rates as one."""
+    return Rate(sum(part["hits"] for part in parts), sum(part["count"] for part in parts))
+
+
 def pooled(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Rate]]]:
     """Editor -> side -> metric -> rate over all styles."""
     found: dict[str, dict[str, dict[str, Rate]]] = {}
     for editor in dict.fromkeys(row["editor"] for row in rows):
         mine = [row for row in rows if row["editor"] == editor and "error" not in row]
         found[editor] = {
-            side: {
-                name: Rate(sum(r[side][name]["hits"] for r in mine), sum(r[side][name]["count"] for r in mine))
-                for name in METRICS
-            }
+            side: {name: total([r[side][name] for r in mine if name in r[side]]) for name in METRICS}
             for side in ("edited", "original")
         }
     return found
@@ -159,7 +175,10 @@ def table(rows: Sequence[Row]) -> str:
         return "-" if not rate.count else f"{rate.value:.3f} [{rate.interval[0]:.3f}, {rate.interval[1]:.3f}]"
 
     found = pooled(rows)
-    out = ["| editor | " + " | ".join(name.replace("_", " ") for name in METRICS) + " |", "|---" * 6 + "|"]
+    out = [
+        "| editor | " + " | ".join(name.replace("_", " ") for name in METRICS) + " |",
+        "|---" * (len(METRICS) + 1) + "|",
+    ]
     first = next(iter(found.values()))["original"]
     for name, line in [("unedited", first), *((editor, sides["edited"]) for editor, sides in found.items())]:
         out.append(f"| {name} | " + " | ".join(cell(line[metric]) for metric in METRICS) + " |")
@@ -176,6 +195,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--judge", choices=("development", "report"), default="development")
     add("--target", help=f"what every style becomes, {RETAINED}: the first retained one  [default: each editor's own]")
     add("--things", type=int, default=24, help="at most, for each style")
+    add("--beside", type=int, default=0, help="concepts that are erased in the same edit")
     add("--results", type=Path, default=Path("benchmarks/results/styles.jsonl"), help="rows; a run goes on from them")
     add("--cache", type=Path, default=DEFAULT_CACHE)
     add("--seeds", type=int, default=1, help="pictures of each prompt")

@@ -43,8 +43,8 @@ class NameGeometry:
     """One erased name.
 
     `residual`: |M x - y| / |x - y| over its rows, and `places`: the same at each token position. `leverage`: see
-    `solve.group_weights`; the greater, the dearer (NaN where it is not known). `moved`: |M x - x| / |x| at its end
-    token x. Over all z of the neighbourhood of x: `regained` bounds 1 - |M z - x| / |M x - x|, the share of the
+    `calibration.group_weights`; the greater, the dearer (NaN where it is not known). `moved`: |M x - x| / |x| at its
+    end token x. Over all z of the neighbourhood of x: `regained` bounds 1 - |M z - x| / |M x - x|, the share of the
     way back to the unedited concept that a neighbour can make (0: none, 1: all of it), and `farthest` bounds
     |M z - y| / |x - y|. Both are exact bounds that are attained, not samples (`Quadratic.in_region`).
     """

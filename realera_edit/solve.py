@@ -16,15 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .calibration import common_shares, group_weights, joint_weights
 from .errors import RealEraWarning, SolveError
 from .statistics import Keep, Moments, Pairs, constraint_basis, project_out, project_out_both, second_moment
 
 # Beyond this condition number float64 leaves fewer than four correct digits.
 MAX_CONDITION = 1e12
-# Greatest product of a group's weight and its leverage.
-MAX_PULL = 1e6
-# Rows that the calibration holds in whitened form at once.
-CHUNK_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -112,49 +109,6 @@ def condition_number(matrix: Tensor, lower: Tensor, steps: int = 8) -> float:
     return float(top * bottom)
 
 
-def group_weights(pairs: Pairs, projected: Tensor, lower: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """The weight a of each group that leaves the wanted residual, and the group's leverage, both [groups].
-
-    Within a group alone, with G = Xw B_keep^-1 Xw^T = Z diag(g) Z^T (rows weighted by the square roots), the
-    residual is rho(a)^2 = sum_k |Dw^T z_k|^2 / (1 + a g_k)^2 / sum_k |Dw^T z_k|^2, D = Y - X; for one row that is
-    rho = 1 / (1 + a l) with the leverage l. rho falls with a, so bisection over log a finds it. Where no weight
-    reaches `residual` [groups], the largest tried is taken.
-    """
-    own = (~pairs.extra).nonzero().flatten()
-    order = own[torch.argsort(pairs.group[own], stable=True)]
-    counts = torch.bincount(pairs.group[order], minlength=pairs.groups)
-    first = torch.cumsum(counts, 0) - counts
-    weight = residual.new_zeros(pairs.groups)
-    leverage = torch.zeros_like(weight)
-    for count in torch.unique(counts[counts > 0]).tolist():  # groups of one size go together, without padding
-        groups = (counts == count).nonzero().flatten()
-        for part in groups.split(max(1, CHUNK_ROWS // count)):
-            rows = order[(first[part][:, None] + torch.arange(count, device=order.device)).flatten()]
-            root = pairs.weight[rows].to(torch.float64).sqrt()[:, None]
-            white = torch.linalg.solve_triangular(lower, (projected[rows] * root).T, upper=False)
-            white = white.T.reshape(len(part), count, -1)
-            gap = ((pairs.y[rows] - pairs.x[rows]).to(torch.float64) * root).view(len(part), count, -1)
-            values, vectors = torch.linalg.eigh(white @ white.transpose(1, 2))
-            share = (vectors * ((gap @ gap.transpose(1, 2)) @ vectors)).sum(1)  # |D^T z_k|^2, [part, count]
-            weight[part], leverage[part] = _bisect(values.clamp_min(0), share, residual[part])
-    return weight, leverage
-
-
-def _bisect(values: Tensor, share: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """(weight, leverage) of groups with eigenvalues and shares [groups, rows] and wanted `residual` [groups]."""
-    tiny = torch.finfo(torch.float64).tiny
-    share = share / share.sum(1, keepdim=True).clamp_min(tiny)
-    leverage = values.amax(1)
-    # a l = 1e6 is beyond any strength that one row can ask for; more would only ruin the conditioning
-    high = (MAX_PULL / leverage.clamp_min(tiny)).clamp_max(MAX_PULL**2).log()
-    low = high - 40
-    for _ in range(60):
-        middle = (low + high) / 2
-        rho = (share / (1 + middle.exp()[:, None] * values).square()).sum(1).sqrt()
-        low, high = torch.where(rho > residual, middle, low), torch.where(rho > residual, high, middle)
-    return torch.where(residual >= 1, torch.zeros_like(high), high.exp()), leverage
-
-
 def _woodbury(keep_rows: Tensor, projected: Tensor, row_weight: Tensor, ridge: float) -> tuple[Tensor, float]:
     """(P B P + lam I)^-1 applied to the erase rows [m, d], through the dimension of the vectors instead of d."""
     root = row_weight.sqrt()[:, None]
@@ -226,8 +180,10 @@ def solve(
     if group_weight is None:
         kept.diagonal().add_(lam)
         lower, jitter = factorise(kept)
-        group_weight, leverage = group_weights(pairs, projected, lower, residual.to(projected))
-        kept.diagonal().sub_(lam)
+        alone, leverage, gone = group_weights(pairs, projected, lower, residual.to(projected))
+        kept.diagonal().add_(jitter)
+        group_weight = joint_weights(pairs, projected, kept, alone, common_shares(gone, residual.to(gone)))
+        kept.diagonal().sub_(lam + jitter)
     row_weight = group_weight[pairs.group] * pairs.weight.to(torch.float64)
     gap = (pairs.y - pairs.x).to(torch.float64) * row_weight[:, None]
     more = 0.0

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import compare, styles
-from benchmarks.quality import Bench, Settings
+from benchmarks.quality import PLAIN, Bench, Rate, Settings
 from benchmarks.reference_model.pictures import Concept
 from benchmarks.reference_model.sampler import PictureStore, load_pipeline
 from benchmarks.reference_model.splits import Alias, split_of
@@ -262,6 +262,29 @@ def test_a_style_becomes_the_first_retained_one(
     assert len(told) == len(STYLES)
 
 
+def test_a_style_and_things_go_in_one_edit(
+    bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The things beside it are none of those that are drawn in styles; half of the other things are retained."""
+    told: list[Any] = []
+    monkeypatch.setattr(bench.judge, "styles", STYLES)
+    monkeypatch.setattr(compare.Editor, "__call__", lambda _, pipe, concepts, retain: told.append((concepts, retain)))
+    fixed = ["--model", str(bench.model), "--results", str(tmp_path / "rows.jsonl"), "--threads", "1", "--json"]
+    styles.main([*fixed, "--things", "1", "--beside", "1", "--editors", "ours"], bench)
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    drawn = {name for names in rows[0]["things"].values() for name in names}
+    for row, (concepts, retain) in zip(rows, told, strict=True):
+        assert [(c.name, c.kind) for c in concepts] == [(row["erased"], "style"), (row["beside"][0], None)]
+        assert row["settings"]["kind"] == "general"
+        assert row["beside"][0] not in drawn
+        assert retain == row["retain"]
+        assert row["erased"] not in retain
+        assert {*retain[:2]} < {*STYLES}
+        assert set(retain[2:]) == set(compare.retained(bench, "development", row["beside"]))
+        assert row["edited"]["beside_left"]["count"] == len(PLAIN)
+        assert row["edited"]["beside_left"] == row["original"]["beside_left"]  # nothing was edited
+
+
 def test_no_more_things_are_drawn_than_are_wanted(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.judge, "styles", STYLES)
     drawn: list[str] = []
@@ -285,4 +308,9 @@ def test_rates_of_styles() -> None:
         "retained_styles": (0, 2),
         "other_styles": (4, 4),
         "other_objects": (2, 6),
+        "beside_left": (0, 0),
     }
+    beside = [*cases, styles.Case("y", styles.BESIDE, "y")]
+    more = styles.rates(beside, torch.cat([~hits, hits[-1:]]), torch.cat([hits, ~hits[-1:]]), "a", ["b"])
+    assert more.pop("beside_left") == Rate(1, 1)
+    assert more == {name: rate for name, rate in found.items() if name != "beside_left"}

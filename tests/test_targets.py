@@ -111,7 +111,7 @@ def test_a_recipe_leaves_the_default_strength_out(sd1: Path) -> None:
 
 
 def test_the_default_strength_falls_with_the_number_of_names(sd1: Path) -> None:
-    for overshoot, wanted in ((0.5, (0.8, 0.776, 0.75, 0.6, 0.55, 0.55)), (0, (0.8, 0.752, 0.7, 0.6, 0.5, 0.5))):
+    for overshoot, wanted in ((0.5, (0.8, 0.776, 0.75, 0.65, 0.65, 0.65)), (0, (0.8, 0.752, 0.7, 0.65, 0.6, 0.6))):
         config = EditConfig(overshoot=overshoot)
         found = [round(config.strength_for(count), 3) for count in (1, 3, 10, 50, 100, 10_000)]
         assert found == [*wanted], overshoot
