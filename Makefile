@@ -32,14 +32,13 @@ test: lint
 slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow
 
-# Rows that are in the results file are not drawn again; remove it to measure anew (an hour on two cores with bfloat16).
+# Rows that are in the results file are not drawn again; remove it to measure anew (under two hours on two cores with bfloat16).
 QUALITY = $(BIN)/python -m benchmarks.compare --model emoji --fast --steps 8 --seeds 1 --split report --judge report \
 	--results benchmarks/results/report-emoji.jsonl
 bench-quality: .venv/.installed
-	$(QUALITY) --concepts 10 --draws 10 --editors ours mace uce speed rece
-	$(QUALITY) --concepts 50 --draws 2 --editors ours mace uce
-	$(QUALITY) --concepts 100 --draws 1 --editors ours mace uce speed rece
 	$(QUALITY) --concepts 1 --draws 16 --editors ours mace uce speed rece
+	$(QUALITY) --concepts 10 --draws 20 --editors ours mace uce speed rece
+	$(QUALITY) --concepts 5 50 100 --draws 5 --editors ours mace uce speed rece
 	$(QUALITY) --table --summary benchmarks/results/quality.json --curves docs/h4.svg
 
 clean:
