@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .statistics import Pairs, second_moment
+from .statistics import Pairs
 
 # Greatest product of a group's weight and its leverage.
 MAX_PULL = 1e6
@@ -71,14 +71,15 @@ def shares(pairs: Pairs, moved: Tensor) -> Tensor:
 
     `moved` [m, d]: M x - x of every row.
     """
-    own = ~pairs.extra
-    gap = (pairs.y[own] - pairs.x[own]).to(torch.float64)
-    weight, group = pairs.weight[own].to(torch.float64), pairs.group[own]
-    gone = torch.zeros(pairs.groups, dtype=torch.float64, device=gap.device)
-    way = torch.zeros_like(gone)
-    gone.index_add_(0, group, weight * (moved[own] * gap).sum(1))
-    way.index_add_(0, group, weight * gap.square().sum(1))
-    return gone / way.clamp_min(torch.finfo(torch.float64).tiny)
+    gap = (pairs.y - pairs.x).to(torch.float64)
+    return _sums(pairs, moved, gap) / _sums(pairs, gap, gap).clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def _sums(pairs: Pairs, left: Tensor, right: Tensor) -> Tensor:
+    """sum w l . r over the own rows of each group [groups], for `left`, `right` [m, d]."""
+    weight = torch.where(pairs.extra, 0, pairs.weight).to(torch.float64)
+    total = torch.zeros(pairs.groups, dtype=torch.float64, device=left.device)
+    return total.index_add_(0, pairs.group, weight * torch.einsum("ij,ij->i", left, right))
 
 
 def joint_weights(pairs: Pairs, projected: Tensor, kept: Tensor, alone: Tensor, wanted: Tensor) -> Tensor:
@@ -93,11 +94,12 @@ def joint_weights(pairs: Pairs, projected: Tensor, kept: Tensor, alone: Tensor, 
     tiny = 1e-9
     odds, weight = torch.logit(wanted.clamp(tiny, 1 - tiny)), alone
     gap = (pairs.y - pairs.x).to(torch.float64)
+    way = _sums(pairs, gap, gap).clamp_min(torch.finfo(torch.float64).tiny)
     for _ in range(ROUNDS if pairs.groups > 1 else 0):
-        row_weight = weight[pairs.group] * pairs.weight.to(torch.float64)
-        cross = (gap * row_weight[:, None]).T @ projected
-        half = torch.cholesky_solve(cross.T, torch.linalg.cholesky(kept + second_moment(projected, row_weight)))
-        found = shares(pairs, projected @ half)
+        scaled = projected * (weight[pairs.group] * pairs.weight.to(torch.float64))[:, None]
+        lower = torch.linalg.cholesky(kept + projected.T @ scaled)
+        half = torch.cholesky_solve((gap.T @ scaled).T, lower)
+        found = _sums(pairs, torch.mm(projected, half, out=scaled), gap) / way
         binding = (weight > NEGLIGIBLE * alone) | (found < wanted)
         if bool(((found - wanted).abs()[binding] <= TOLERANCE).all()):
             break
