@@ -32,7 +32,7 @@ test: lint
 slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow
 
-# Rows that are in the results file are not drawn again; remove it to measure anew (under two hours on two cores with bfloat16).
+# Rows that are in the results file are not drawn again; remove it to measure anew (3.6 hours of one core with bfloat16 in all).
 QUALITY = $(BIN)/python -m benchmarks.compare --model emoji --fast --steps 8 --seeds 1 --split report --judge report \
 	--results benchmarks/results/report-emoji.jsonl
 bench-quality: .venv/.installed

@@ -212,13 +212,18 @@ def pooled(rows: Sequence[Row]) -> Row:
     for side, prefix in (("edited", ""), ("original", "unedited_")):
         for name in RATES:
             parts = [row[side][name] for row in good if name in row[side]]  # older rows lack the later ones
-            rate = Rate(sum(p["hits"] for p in parts), sum(p["count"] for p in parts))
+            rate = total(parts)
             line[prefix + name] = {"mean": rate.value, "ci": rate.interval, "count": rate.count}
     for name in HARMONIC:
         line[column(name)] = mean_of(by_concept(good, name))
     line["drift"] = float(np.mean([row["drift"] for row in good if row["drift"] is not None] or [np.nan]))
     line["seconds"] = common.median([row["edit_seconds"] for row in good]) if good else float("nan")
     return tidy(line)
+
+
+def total(parts: Sequence[Row]) -> Rate:
+    """Stored rates as one."""
+    return Rate(sum(part["hits"] for part in parts), sum(part["count"] for part in parts))
 
 
 def column(name: str) -> str:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import common
-from benchmarks.compare import Editor, append_row, key_of, make_editor, read_rows, retained, tidy
+from benchmarks.compare import Editor, append_row, key_of, make_editor, read_rows, retained, tidy, total
 from benchmarks.quality import PLAIN, Bench, Rate, Settings, generate, load_pipeline
 from benchmarks.reference_model.pictures import DEFAULT_CACHE
 from benchmarks.reference_model.splits import split_of
@@ -151,11 +151,6 @@ def rows_of(bench: Bench, pipe: Any, options: argparse.Namespace, record: Row) -
             yield known[key]
 
 
-def total(parts: Sequence[Row]) -> Rate:
-    """Stored rates as one."""
-    return Rate(sum(part["hits"] for part in parts), sum(part["count"] for part in parts))
-
-
 def pooled(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Rate]]]:
     """Editor -> side -> metric -> rate over all styles."""
     found: dict[str, dict[str, dict[str, Rate]]] = {}
@@ -175,10 +170,8 @@ def table(rows: Sequence[Row]) -> str:
         return "-" if not rate.count else f"{rate.value:.3f} [{rate.interval[0]:.3f}, {rate.interval[1]:.3f}]"
 
     found = pooled(rows)
-    out = [
-        "| editor | " + " | ".join(name.replace("_", " ") for name in METRICS) + " |",
-        "|---" * (len(METRICS) + 1) + "|",
-    ]
+    head = ["editor", *(name.replace("_", " ") for name in METRICS)]
+    out = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     first = next(iter(found.values()))["original"]
     for name, line in [("unedited", first), *((editor, sides["edited"]) for editor, sides in found.items())]:
         out.append(f"| {name} | " + " | ".join(cell(line[metric]) for metric in METRICS) + " |")

@@ -180,9 +180,10 @@ def solve(
     if group_weight is None:
         kept.diagonal().add_(lam)
         lower, jitter = factorise(kept)
-        alone, leverage, gone = group_weights(pairs, projected, lower, residual.to(projected))
+        residual = residual.to(projected)
+        alone, leverage, gone = group_weights(pairs, projected, lower, residual)
         kept.diagonal().add_(jitter)
-        group_weight = joint_weights(pairs, projected, kept, alone, common_shares(gone, residual.to(gone)))
+        group_weight = joint_weights(pairs, projected, kept, alone, common_shares(gone, residual))
         kept.diagonal().sub_(lam + jitter)
     row_weight = group_weight[pairs.group] * pairs.weight.to(torch.float64)
     gap = (pairs.y - pairs.x).to(torch.float64) * row_weight[:, None]
