@@ -14,38 +14,16 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+from forking import child, single_thread, wait
 from helpers import QUICK, tree
 
-from realera_edit import RealEraError, edit_model
+from realera_edit import edit_model
 
 KILLS = 20
 ROUNDS = 4
-
-
-def child(work: Callable[[], object]) -> int:
-    """Start `work` in a child; exit status 0 when it ends, 1 for one of our own errors, 2 for any other."""
-    process = os.fork()
-    if process:
-        return process
-    code = 2
-    try:
-        work()
-        code = 0
-    except RealEraError as error:
-        print(error, file=sys.stderr, flush=True)
-        code = 1
-    finally:
-        os._exit(code)
-
-
-def wait(process: int) -> int:
-    """0, 1 or 2 as `child` says; negative for the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 def state(out: Path) -> dict[str, Any]:
@@ -130,7 +108,7 @@ def limited(result: Any, base: Path) -> list[dict[str, Any]]:
 
 
 def main(model: str, base: str) -> None:
-    torch.set_num_threads(1)
+    single_thread()
     result = edit_model(model, ["cat"], config=QUICK)
     Path(base).mkdir(exist_ok=True)
     result.save(Path(base) / "whole")

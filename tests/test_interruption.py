@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -14,13 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from forking import run_script
 from helpers import QUICK, tree
 
 from realera_edit import edit_model
 from realera_edit.errors import CheckpointError
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals, mounts and forks of a POSIX system")
-HERE = Path(__file__).parent
 ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 
 
@@ -52,10 +51,8 @@ def forked(pristine: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
     model = shutil.copytree(pristine("sd1"), base / "model")
     add_ballast(model)
     before = tree(model)
-    command = [sys.executable, str(HERE / "forked_saves.py"), str(model), str(base / "saves")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return Forked(json.loads(done.stdout), done.stderr, before, tree(model))
+    found, errors = run_script("forked_saves.py", model, base / "saves")
+    return Forked(found, errors, before, tree(model))
 
 
 def test_the_input_is_untouched_by_all_that_follows(forked: Forked) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_moves import MOVES, OUT, interrupt_moves
+from forking import run_script
 from helpers import header, split_file, tensor_bytes, tree, write_file
 from single_models import SHAPES, erase
 
@@ -21,7 +23,7 @@ from realera_edit.errors import CheckpointError
 from realera_edit.provenance import METADATA_KEY
 
 Build = Callable[..., Path]
-OUT, RECORD, UNDO = "out.safetensors", "out.realera_edit.json", "out.realera_edit_undo.safetensors"
+RECORD, UNDO = "out.realera_edit.json", "out.realera_edit_undo.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -114,20 +116,6 @@ def test_places_that_are_refused(result: Any, single: Path, tmp_path: Path) -> N
 # Interruption
 
 
-def interrupt_moves(number: int, by: Callable[[], object], patch: Callable[[Any, str, Any], None]) -> None:
-    """Call `by` in place of the link or rename of this number, counted over all of them."""
-    calls = iter(range(100))
-    for name in ("link", "rename", "replace"):
-        move = getattr(os, name)
-
-        def counted(*paths: Any, move: Any = move) -> None:
-            if next(calls) == number:
-                by()
-            move(*paths)
-
-        patch(os, name, counted)
-
-
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("number", range(5))
 def test_a_move_that_fails_leaves_all_as_it_was(
@@ -141,8 +129,7 @@ def test_a_move_that_fails_leaves_all_as_it_was(
         raise KeyboardInterrupt
 
     interrupt_moves(number, interrupt, monkeypatch.setattr)
-    moves = 5 if force else 3
-    if number >= moves:
+    if number >= MOVES["over" if force else "new"]:
         result.save(tmp_path / OUT, force=force)
         return
     with pytest.raises(KeyboardInterrupt):
@@ -150,31 +137,24 @@ def test_a_move_that_fails_leaves_all_as_it_was(
     assert tree(tmp_path) == before
 
 
+@pytest.fixture(scope="module")
+def forked(pristine_single: Build, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    model = pristine_single("tiny-sd15") / "model.safetensors"
+    return run_script("forked_moves.py", model, tmp_path_factory.mktemp("forked"))[0]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="forks and signals of a POSIX system")
-@pytest.mark.parametrize("force", [False, True])
-def test_a_kill_before_each_move(force: bool, result: Any, other: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", MOVES)
+def test_a_kill_before_each_move(kind: str, forked: Any) -> None:
     """OUT is absent, the old one or the new one; the next run with --force ends with the new one and nothing else."""
-    result.save(tmp_path / "new" / OUT)
-    other.save(tmp_path / "old" / OUT)
-    new, old = tree(tmp_path / "new"), tree(tmp_path / "old")
-    for number in range(5 if force else 3):
-        place = tmp_path / str(number)
-        if force:
-            shutil.copytree(tmp_path / "old", place)
-        process = os.fork()
-        if not process:
-            interrupt_moves(number, lambda: os.kill(os.getpid(), signal.SIGKILL), setattr)
-            try:
-                result.save(place / OUT, force=force)
-            finally:
-                os._exit(1)
-        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
-        out = tree(place).get(OUT)
-        assert out == (old[OUT] if force else None)
+    assert len(forked[kind]) == MOVES[kind]
+    assert forked["result"][OUT] != forked["other"][OUT]
+    for run in forked[kind]:
+        assert run["status"] == -signal.SIGKILL
+        assert run["after"].get(OUT) == (forked["other"][OUT] if kind == "over" else None)
         # control: it was killed with the work done, before the file was in its place
-        assert any(".realera-" in path.name for path in place.iterdir())
-        result.save(place / OUT, force=True)
-        assert tree(place) == new
+        assert any(".realera-" in path for path in run["after"])
+        assert run["next"] == forked["result"]
 
 
 def test_a_disk_that_is_full_leaves_nothing(result: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
