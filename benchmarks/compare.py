@@ -44,6 +44,8 @@ EDITORS = ("ours", *(name + suffix for name in PEERS for suffix in ("", "+")))
 RATES = ("acc_e", "acc_g", "acc_g_unseen", "acc_s", "acc_n", "acc_n_unseen", "style_kept")
 LED = ("H_4", "H_4_unseen")
 HARMONIC = (*LED, "H_o", "H_c")
+# No run erases concepts of both splits, so an alias of the other split has not been seen either.
+ALL_ALIASES: dict[str, Any] = {"split_aliases": False, "candidates": 20, "aliases": 8}
 Row = dict[str, Any]
 
 
@@ -134,11 +136,10 @@ def read_rows(path: Path) -> dict[str, Row]:
 
 
 def append_row(path: Path, row: Row) -> None:
-    """Write a row to the disk before the next one is begun."""
+    """Write a row to the disk before the next one is begun, at once: another process may be adding rows of its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, allow_nan=False) + "\n")
-        file.flush()
+    with path.open("ab", buffering=0) as file:
+        file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
         os.fsync(file.fileno())
 
 
@@ -336,6 +337,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=Settings.steps, help="of the sampler")
     add("--fast", action="store_true", help="draw with the U-Net in bfloat16")
     add("--far", type=int, default=Settings.far, help="far concepts")
+    add("--all-aliases", action="store_true", help="up to eight of a concept, of either split")
     add("--seed", type=int, default=0, help="of the sets")
     add("--threads", type=int, default=2)
     add("--device", default="cpu", help="where the models are")
@@ -361,6 +363,7 @@ def main(arguments: Sequence[str] | None = None, bench: Bench | None = None) -> 
             seeds=tuple(range(options.seeds)),
             choice_seeds=tuple(range(100, 100 + options.seeds)),
             far=options.far,
+            **(ALL_ALIASES if options.all_aliases else {}),
         )
         bench = Bench(options.model, options.cache, options.judge, settings, options.device)
     pipe = load_pipeline(options.model, options.device)
