@@ -348,6 +348,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def settings_of(options: argparse.Namespace) -> Settings:
+    """What is drawn."""
+    return Settings(
+        steps=options.steps,
+        fast=options.fast,
+        seeds=tuple(range(options.seeds)),
+        choice_seeds=tuple(range(100, 100 + options.seeds)),
+        far=options.far,
+        **(ALL_ALIASES if options.all_aliases else {}),
+    )
+
+
 def main(arguments: Sequence[str] | None = None, bench: Bench | None = None) -> None:
     """Compare and print. `bench` may be one that is loaded already."""
     options = parse(arguments)
@@ -357,15 +369,7 @@ def main(arguments: Sequence[str] | None = None, bench: Bench | None = None) -> 
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore", RealEraWarning)
     if bench is None:
-        settings = Settings(
-            steps=options.steps,
-            fast=options.fast,
-            seeds=tuple(range(options.seeds)),
-            choice_seeds=tuple(range(100, 100 + options.seeds)),
-            far=options.far,
-            **(ALL_ALIASES if options.all_aliases else {}),
-        )
-        bench = Bench(options.model, options.cache, options.judge, settings, options.device)
+        bench = Bench(options.model, options.cache, options.judge, settings_of(options), options.device)
     pipe = load_pipeline(options.model, options.device)
     record = {"versions": common.versions(), "machine": common.machine(), "device": str(pipe.device)}
     if pipe.device.type == "cuda":

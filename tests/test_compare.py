@@ -212,6 +212,24 @@ def test_a_set_without_enough_aliases_is_filled_up(bench: Any) -> None:
         compare.nested_sets(few, "development", [5], 0, 0)
 
 
+def test_aliases_of_one_split_or_all() -> None:
+    """Those of the concept's own split, at most four; or up to eight of both. None that the model does not draw."""
+    texts = [f"name {number}" for number in range(40)]
+    drawn = {text for number, text in enumerate(texts) if number % 3}
+    found = {}
+    for flag in ((), ("--all-aliases",)):
+        few: Any = SimpleNamespace(
+            settings=compare.settings_of(compare.parse(["--model", "emoji", *flag])),
+            names={"cat": tuple(Alias(text, False) for text in texts)},
+            accuracy=lambda pairs: [float(name in drawn) for _, name in pairs],
+        )
+        found[flag] = Bench.drawn_aliases(few, "cat")
+    halves = [{split_of(name) for name in names} for names in found.values()]
+    assert halves == [{split_of("cat")}, {"development", "report"}]
+    assert [len(names) for names in found.values()] == [4, 8]
+    assert drawn.issuperset(name for names in found.values() for name in names)
+
+
 def test_rows_with_another_target_are_not_pooled(run: Callable[..., Any]) -> None:
     """The results file holds both; each keeps a line of its own when the file is printed again."""
     few = ("--editors", "uce", "--concepts", "1", "--draws", "1")
