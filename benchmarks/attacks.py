@@ -35,7 +35,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import common
-from benchmarks.compare import Row, append_row, figures, key_of, make_editor, nested_sets, read_rows, retained, tidy
+from benchmarks.compare import append_row, figures, key_of, make_editor, nested_sets, read_rows, retained
+from benchmarks.pooling import Row, tidy
 from benchmarks.quality import PLAIN, Bench, Rate, Settings, load_pipeline, measure
 from benchmarks.reference_model.pictures import DEFAULT_CACHE, write_atomically
 from benchmarks.reference_model.sampler import draw, encode

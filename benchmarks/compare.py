@@ -18,35 +18,29 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import math
 import os
 import random
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks import common
 from benchmarks.peers import PEERS, Options, given, vocabulary_prior
-from benchmarks.quality import Bench, Quality, Rate, Settings, load_pipeline, measure
+from benchmarks.pooling import Row, by_metric, curves, summary, table, tidy
+from benchmarks.quality import Bench, Quality, Settings, load_pipeline, measure
 from benchmarks.reference_model.pictures import DEFAULT_CACHE, write_atomically
 from benchmarks.reference_model.splits import Split, split_of
-from realera_edit import Concept, EditConfig, RealEraError, RealEraWarning, edit_model, svg
-from realera_edit.metrics import bootstrap_groups
+from realera_edit import Concept, EditConfig, RealEraError, RealEraWarning, edit_model
 from realera_edit.pipeline import LoadedPipeline
 
 EDITORS = ("ours", *(name + suffix for name in PEERS for suffix in ("", "+")))
-RATES = ("acc_e", "acc_g", "acc_g_unseen", "acc_s", "acc_n", "acc_n_unseen", "style_kept")
-LED = ("H_4", "H_4_unseen")
-HARMONIC = (*LED, "H_o", "H_c")
 # No run erases concepts of both splits, so an alias of the other split has not been seen either.
 ALL_ALIASES: dict[str, Any] = {"split_aliases": False, "candidates": 20, "aliases": 8}
-Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,15 +86,6 @@ def make_editor(written: str, count: int) -> Editor:
         return Editor(name, dataclasses.replace(options, **changed), plus or peer.needs_prior)
     except TypeError as error:
         raise ValueError(f"editor {name!r} has no such setting: {error}") from None
-
-
-def tidy(value: Any) -> Any:
-    """JSON types only, NaN as null."""
-    if isinstance(value, Mapping):
-        return {str(k): tidy(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [tidy(v) for v in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def nested_sets(bench: Bench, split: Split, counts: Sequence[int], draw: int, seed: int) -> dict[int, list[str]]:
@@ -199,125 +184,6 @@ def measured(
         return {"error": str(error)}
     quality = measure(pipe, [concept.name for concept in concepts], bench, split, kept)
     return {"edit_seconds": seconds, **figures(quality)}
-
-
-def label(row: Row) -> str:
-    """The editor as it was written, and the target where one was named for all."""
-    return str(row["editor"]) if row.get("target") is None else f"{row['editor']} to {row['target']!r}"
-
-
-def pooled(rows: Sequence[Row]) -> Row:
-    """The rows of one editor and count of concepts as one: rates with Wilson's, H_4 with a bootstrap interval."""
-    good = [row for row in rows if "error" not in row]
-    line: Row = {"concepts": rows[0]["concepts"], "editor": label(rows[0]), "draws": len(good)}
-    for side, prefix in (("edited", ""), ("original", "unedited_")):
-        for name in RATES:
-            parts = [row[side][name] for row in good if name in row[side]]  # older rows lack the later ones
-            rate = total(parts)
-            line[prefix + name] = {"mean": rate.value, "ci": rate.interval, "count": rate.count}
-    for name in HARMONIC:
-        line[column(name)] = mean_of(by_concept(good, name))
-    line["drift"] = float(np.mean([row["drift"] for row in good if row["drift"] is not None] or [np.nan]))
-    line["seconds"] = common.median([row["edit_seconds"] for row in good]) if good else float("nan")
-    return tidy(line)
-
-
-def total(parts: Sequence[Row]) -> Rate:
-    """Stored rates as one."""
-    return Rate(sum(part["hits"] for part in parts), sum(part["count"] for part in parts))
-
-
-def column(name: str) -> str:
-    """The key of a harmonic mean in a pooled row: "h4_unseen" of "H_4_unseen"."""
-    return name.lower().replace("h_4", "h4")
-
-
-def by_concept(rows: Sequence[Row], name: str) -> dict[tuple[int, str], float]:
-    """(draw, concept) -> a harmonic mean, of the concepts that have all its parts."""
-    found = {(row["draw"], c): parts.get(name) for row in rows for c, parts in row["by_concept"].items()}
-    return {key: value for key, value in found.items() if value is not None}
-
-
-def mean_of(values: Mapping[tuple[int, str], float]) -> Row:
-    """Mean of (draw, concept) -> value, its interval by resampling concepts, and how many values there are."""
-    groups: dict[str, list[float]] = {}
-    for (_, concept), value in values.items():
-        groups.setdefault(concept, []).append(value)
-    mean = float(np.mean([*values.values()])) if values else float("nan")
-    return {"mean": mean, "ci": bootstrap_groups([*groups.values()]), "count": len(values), "concepts": len(groups)}
-
-
-def summary(rows: Sequence[Row]) -> list[Row]:
-    """One pooled row for each count of concepts and editor, in the order of their first rows.
-
-    `h4_lead`, `h4_unseen_lead`: how much higher the first editor of that count stands, concept by concept.
-    """
-    groups: dict[tuple[int, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row["concepts"], label(row)), []).append(row)
-    lines, first = [], dict[int, list[Row]]()
-    for (count, _), group in sorted(groups.items(), key=lambda item: item[0][0]):
-        good = [row for row in group if "error" not in row]
-        leader, line = first.setdefault(count, good), pooled(group)
-        for name in LED if leader is not good else ():
-            ours, its = by_concept(leader, name), by_concept(good, name)
-            led = {key: ours[key] - value for key, value in its.items() if key in ours}
-            line[column(name) + "_lead"] = tidy(mean_of(led))
-        lines.append(line)
-    return lines
-
-
-def table(lines: Sequence[Row]) -> str:
-    """A Markdown table of the pooled rows, every rate with its 95 % interval, and the unedited model's beside them."""
-    columns = [*RATES, "h4", "h4_lead", "h4_unseen", "h4_unseen_lead", "h_o"]
-    head = ["concepts", "editor", "draws", *columns, "drift", "seconds"]
-
-    def cell(part: Row | None) -> str:
-        if part is None or part["mean"] is None:
-            return "-"
-        return f"{part['mean']:.3f} [{part['ci'][0]:.3f}, {part['ci'][1]:.3f}]"
-
-    def number(value: float | None) -> str:
-        return "-" if value is None else f"{value:.3f}"
-
-    out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    seen: set[int] = set()
-    for line in lines:
-        if line["concepts"] not in seen:
-            seen.add(line["concepts"])
-            before = [cell(line["unedited_" + name]) for name in RATES]
-            blank = ["-"] * (len(head) - 3 - len(before))
-            out.append("| " + " | ".join([str(line["concepts"]), "unedited", "-", *before, *blank]) + " |")
-        cells = [str(line["concepts"]), line["editor"], str(line["draws"]), *(cell(line.get(c)) for c in columns)]
-        out.append("| " + " | ".join([*cells, number(line["drift"]), number(line["seconds"])]) + " |")
-    return "\n".join(out)
-
-
-def by_metric(lines: Sequence[Row]) -> dict[str, Any]:
-    """Metric -> editor -> number of concepts -> mean, interval and count."""
-    found: dict[str, Any] = {}
-    for line in lines:
-        for name, part in line.items():
-            if isinstance(part, dict):
-                found.setdefault(name, {}).setdefault(line["editor"], {})[str(line["concepts"])] = part
-    for name in ("drift", "seconds"):
-        for line in lines:
-            found.setdefault(name, {}).setdefault(line["editor"], {})[str(line["concepts"])] = {"mean": line[name]}
-    return found
-
-
-def curves(lines: Sequence[Row], metric: str = "h4") -> str:
-    """An SVG of a metric over the number of concepts, a curve for each editor."""
-    series: dict[str, list[svg.Point]] = {}
-    for line in lines:
-        part = line[metric]
-        if part["mean"] is not None:
-            series.setdefault(line["editor"], []).append((line["concepts"], part["mean"], *part["ci"]))
-    style = (Path(svg.__file__).parent / "templates" / "report.css").read_text("utf-8")
-    drawn = svg.lines(list(series.items()), "erased concepts", "H_4", "H_4 over the number of erased concepts")
-    return drawn.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(
-        ">", f"><style>{style} svg {{ background: var(--page) }}</style>", 1
-    )
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

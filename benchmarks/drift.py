@@ -29,7 +29,8 @@ import numpy as np
 import torch
 
 from benchmarks import common
-from benchmarks.compare import Row, append_row, key_of, make_editor, nested_sets, read_rows, retained
+from benchmarks.compare import append_row, key_of, make_editor, nested_sets, read_rows, retained
+from benchmarks.pooling import Row
 from benchmarks.quality import Bench, Settings, load_pipeline
 from benchmarks.reference_model.pictures import DEFAULT_CACHE, write_atomically
 from benchmarks.reference_model.sampler import generate

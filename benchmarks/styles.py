@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import common
-from benchmarks.compare import Editor, append_row, key_of, make_editor, read_rows, retained, tidy, total
+from benchmarks.compare import Editor, append_row, key_of, make_editor, read_rows, retained
+from benchmarks.pooling import tidy, total
 from benchmarks.quality import PLAIN, Bench, Rate, Settings, generate, load_pipeline
 from benchmarks.reference_model.pictures import DEFAULT_CACHE
 from benchmarks.reference_model.splits import split_of

@@ -14,7 +14,7 @@ import tiny_models
 import torch
 from torch import Tensor
 
-from benchmarks import compare, styles
+from benchmarks import compare, pooling, styles
 from benchmarks.quality import PLAIN, Bench, Rate, Settings
 from benchmarks.reference_model.pictures import Concept
 from benchmarks.reference_model.sampler import PictureStore, load_pipeline
@@ -159,17 +159,17 @@ def test_a_failed_edit_is_a_row(run: Callable[..., Any], tmp_path: Path, monkeyp
     found = run("--editors", "uce", "--concepts", "1", "--draws", "1")
     assert lines(tmp_path / "rows.jsonl")[0]["error"] == "no way"
     assert found["rows"][0]["draws"] == 0
-    assert "| 1 | uce | 0 | - |" in compare.table(found["rows"])
+    assert "| 1 | uce | 0 | - |" in pooling.table(found["rows"])
 
 
 def test_rows_are_pooled() -> None:
     def row(hits: int, h4: float | None) -> dict[str, Any]:
-        rates = {name: {"hits": hits, "count": 10} for name in compare.RATES}
+        rates = {name: {"hits": hits, "count": 10} for name in pooling.RATES}
         single = {"x": {"H_4": h4, "H_o": 0.5, "H_c": 0.5}}
         base = {"concepts": 1, "editor": "uce", "edited": rates, "original": rates, "by_concept": single}
         return {**base, "draw": hits, "drift": 0.1, "edit_seconds": 2.0}
 
-    found = compare.summary([row(2, 0.4), row(4, 0.8), row(9, None)])
+    found = pooling.summary([row(2, 0.4), row(4, 0.8), row(9, None)])
     assert len(found) == 1
     assert found[0]["acc_e"]["mean"] == pytest.approx(0.5)
     assert found[0]["acc_e"]["count"] == 30
@@ -177,7 +177,7 @@ def test_rows_are_pooled() -> None:
     assert found[0]["h4"]["mean"] == pytest.approx(0.6)
     assert found[0]["h4"]["count"] == 2
     assert (found[0]["draws"], found[0]["seconds"]) == (3, 2.0)
-    assert "| 1 | unedited | - | 0.500 [0.332, 0.668] |" in compare.table(found)
+    assert "| 1 | unedited | - | 0.500 [0.332, 0.668] |" in pooling.table(found)
 
 
 def test_the_lead_is_of_the_same_concepts_in_the_same_draws() -> None:
@@ -185,20 +185,20 @@ def test_the_lead_is_of_the_same_concepts_in_the_same_draws() -> None:
 
     def row(editor: str, draw: int, **h4: float | None) -> dict[str, Any]:
         parts = {name: {"H_4": value, "H_4_unseen": None, "H_o": 0.5, "H_c": 0.5} for name, value in h4.items()}
-        rates = {name: {"hits": 1, "count": 2} for name in compare.RATES}
+        rates = {name: {"hits": 1, "count": 2} for name in pooling.RATES}
         base = {"concepts": 2, "editor": editor, "draw": draw, "edited": rates, "original": rates}
         return {**base, "by_concept": parts, "drift": 0.1, "edit_seconds": 2.0}
 
     ours = [row("ours", 0, a=0.9, b=0.8), row("ours", 1, a=0.7, c=0.6)]
     other = [row("uce", 0, a=0.5, b=0.7), row("uce", 1, a=0.5, c=None)]
-    first, second = compare.summary([*ours, *other])
+    first, second = pooling.summary([*ours, *other])
     assert "h4_lead" not in first
     lead = second["h4_lead"]
     assert lead["mean"] == pytest.approx((0.4 + 0.1 + 0.2) / 3)
     assert (lead["count"], lead["concepts"]) == (3, 2)
     assert lead["ci"] == [pytest.approx(0.1), pytest.approx(0.3)]  # b alone, a alone: never one draw of a
     assert second["h4_unseen_lead"]["mean"] is None
-    assert f"{lead['mean']:.3f} [0.100, 0.300]" in compare.table([first, second])
+    assert f"{lead['mean']:.3f} [0.100, 0.300]" in pooling.table([first, second])
 
 
 def test_a_set_without_enough_aliases_is_filled_up(bench: Any) -> None:
