@@ -1,8 +1,9 @@
 """A drawing style erased: is it gone from its own prompts, is the drawn thing still right, do other styles stay?
 
 `python -m benchmarks.styles --model emoji --editors ours uce mace speed rece` erases each style of the emoji model by
-itself with each editor of `benchmarks.compare`; two of the other styles are named to be retained, two are not. A thing
-takes part in a style where the unedited model draws both of them right. Rows are kept as in `benchmarks.compare`.
+itself with each editor of `benchmarks.compare`; two of the other styles are named to be retained (`--retain`), two are
+not. A thing takes part in a style where the unedited model draws both of them right. Rows are kept as in
+`benchmarks.compare`.
 `--beside N` erases N concepts in the same edit, with half of the others retained: a mixture of a style and things.
 """
 
@@ -124,7 +125,7 @@ def rows_of(bench: Bench, pipe: Any, options: argparse.Namespace, record: Row) -
     prompts = [case.prompt for case in cases]
     before = right(bench, bench.store.get(prompts, drawing.seeds), cases)
     for place, erased in enumerate(styles):
-        kept = [styles[(place + step) % len(styles)] for step in (1, 2)]
+        kept = [styles[(place + step) % len(styles)] for step in range(1, 1 + options.retain)]
         for written in options.editors:
             editor = make_editor(written, 1 + len(beside)) if beside else for_styles(make_editor(written, 1))
             about = {"editor": written, "settings": editor.described(), "erased": erased, "retain": kept}
@@ -189,6 +190,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--judge", choices=("development", "report"), default="development")
     add("--target", help=f"what every style becomes, {RETAINED}: the first retained one  [default: each editor's own]")
     add("--things", type=int, default=24, help="at most, for each style")
+    add("--retain", type=int, default=2, help="other styles that are named to stay")
     add("--beside", type=int, default=0, help="concepts that are erased in the same edit")
     add("--results", type=Path, default=Path("benchmarks/results/styles.jsonl"), help="rows; a run goes on from them")
     add("--cache", type=Path, default=DEFAULT_CACHE)

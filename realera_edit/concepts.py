@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import KINDS
-from .contexts import AVERAGE, DEFAULT_TARGETS, FALLBACK_TARGET, FEWEST_STYLES, MANY, is_name
+from .contexts import AVERAGE, DEFAULT_TARGETS, FALLBACK_TARGET, MANY
 from .errors import ConceptError
 
 
@@ -22,8 +22,8 @@ class Concept:
     """One concept to erase.
 
     `target` is the text that it becomes; None takes the measured default of its kind
-    (`contexts.DEFAULT_TARGETS`); for many names at once that is the average thing (`contexts.AVERAGE`), and for styles
-    beside which others are preserved the average of those.
+    (`contexts.DEFAULT_TARGETS`); for styles and for many names at once that is the average thing (`contexts.AVERAGE`),
+    and for styles beside which others are preserved the average of those.
     `aliases` are other names that go with it. `strength` and `kind` of None are those of the configuration.
     """
 
@@ -176,13 +176,10 @@ def resolve_concepts(
                     f"{at}: {name!r} is to be erased and is also in the preserve list; remove one of them"
                 )
         result.append(concept)
-    gives_way = set()  # defaults in whose place the average comes
-    if sum(len(concept.names) for concept in result) >= MANY:
-        gives_way.add(DEFAULT_TARGETS["object"])
-    if all(c.kind == "style" for c in result) and sum(map(is_name, preserve)) >= FEWEST_STYLES:
-        gives_way.add(DEFAULT_TARGETS["style"])
+    many = sum(len(concept.names) for concept in result) >= MANY
     return tuple(
-        replace(c, target=AVERAGE) if i in unnamed and c.target in gives_way else c for i, c in enumerate(result)
+        replace(c, target=AVERAGE) if many and i in unnamed and c.target == DEFAULT_TARGETS["object"] else c
+        for i, c in enumerate(result)
     )
 
 

@@ -15,7 +15,7 @@ KINDS = ("general", "object", "person", "style")
 PERTURBATIONS = ("none", "isotropic", "covariance")
 
 # Default strength by the number of names, with an overshoot and without one; the first measured at 1, 10, 50 and 100.
-STRENGTHS = ((1, 0.8), (10, 0.75), (50, 0.65))
+STRENGTHS = ((1, 0.8), (10, 0.8), (50, 0.7), (100, 0.65))
 PLAIN_STRENGTHS = ((1, 0.8), (10, 0.7), (50, 0.65), (100, 0.6))
 # A robust solve moves the rest further at the same strength (docs/evaluation.md); so much less costs about the same.
 ROBUST_LESS = 0.1
@@ -55,8 +55,8 @@ class EditConfig:
 
     strength: float | None = _option(
         None,
-        "Share of each concept to remove, 0 to 1; without overshoot 1 - strength is left.  [default: 0.8 for one name, "
-        "0.75 for ten, 0.65 for fifty; without overshoot 0.7 for ten, and 0.1 less with robust]",
+        "Share of each concept to remove, 0 to 1; without overshoot 1 - strength is left.  [default: 0.8 up to ten "
+        "names, 0.7 for fifty, 0.65 from a hundred on; without overshoot 0.7, 0.65 and 0.6, and 0.1 less with robust]",
         0.0,
         0.9999,
     )

@@ -46,10 +46,10 @@ CONTEXTS: dict[str, tuple[str, ...]] = {
 }
 
 # What a concept becomes when the user names no target; chosen by measurement, see docs/defaults.md.
-DEFAULT_TARGETS = {"general": "object", "object": "object", "person": "a person", "style": "art"}
 AVERAGE = "<average>"  # the mean of many things, see `targets`
-MANY = 25  # from so many names on, "object" gives way to it
-FEWEST_STYLES = 2  # where so many styles are preserved, a style becomes their average
+DEFAULT_TARGETS = {"general": "object", "object": "object", "person": "a person", "style": AVERAGE}
+MANY = 25  # from so many names on, "object" gives way to the average
+FEWEST_STYLES = 2  # where so many styles are preserved beside erased styles alone, the average is theirs
 LONGEST_NAME = 4  # words of the longest preserved entry that is taken for a name; a longer one is a prompt
 FALLBACK_TARGET = "thing"
 

@@ -280,15 +280,16 @@ def test_a_style_becomes_the_first_retained_one(
     assert len(told) == len(STYLES)
 
 
+@pytest.mark.parametrize("named", [2, 0])
 def test_a_style_and_things_go_in_one_edit(
-    bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, named: int
 ) -> None:
     """The things beside it are none of those that are drawn in styles; half of the other things are retained."""
     told: list[Any] = []
     monkeypatch.setattr(bench.judge, "styles", STYLES)
     monkeypatch.setattr(compare.Editor, "__call__", lambda _, pipe, concepts, retain: told.append((concepts, retain)))
     fixed = ["--model", str(bench.model), "--results", str(tmp_path / "rows.jsonl"), "--threads", "1", "--json"]
-    styles.main([*fixed, "--things", "1", "--beside", "1", "--editors", "ours"], bench)
+    styles.main([*fixed, "--things", "1", "--beside", "1", "--retain", str(named), "--editors", "ours"], bench)
     rows = json.loads(capsys.readouterr().out)["rows"]
     drawn = {name for names in rows[0]["things"].values() for name in names}
     for row, (concepts, retain) in zip(rows, told, strict=True):
@@ -297,8 +298,9 @@ def test_a_style_and_things_go_in_one_edit(
         assert row["beside"][0] not in drawn
         assert retain == row["retain"]
         assert row["erased"] not in retain
-        assert {*retain[:2]} < {*STYLES}
-        assert set(retain[2:]) == set(compare.retained(bench, "development", row["beside"]))
+        assert {*retain[:named]} < {*STYLES}
+        assert row["edited"]["retained_styles"]["count"] == named * len(styles.TEMPLATES)
+        assert set(retain[named:]) == set(compare.retained(bench, "development", row["beside"]))
         assert row["edited"]["beside_left"]["count"] == len(PLAIN)
         assert row["edited"]["beside_left"] == row["original"]["beside_left"]  # nothing was edited
 
