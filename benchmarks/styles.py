@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks import common
 from benchmarks.compare import Editor, append_row, key_of, make_editor, read_rows, retained
-from benchmarks.pooling import tidy, total
+from benchmarks.pooling import Row, tidy, total
 from benchmarks.quality import PLAIN, Bench, Rate, Settings, generate, load_pipeline
 from benchmarks.reference_model.pictures import DEFAULT_CACHE
 from benchmarks.reference_model.splits import split_of
@@ -36,7 +36,6 @@ TEMPLATES = ("a {style} emoji of a {name}", "{name} in {style} style")
 METRICS = ("style_left", "object_kept", "retained_styles", "other_styles", "other_objects", "beside_left")
 RETAINED = "<retained>"
 BESIDE = ""  # the style of prompts that name none: those of the things that are erased beside a style
-Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)

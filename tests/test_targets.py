@@ -26,8 +26,7 @@ def test_many_names_become_the_average_thing_and_few_an_object() -> None:
     aliases = resolve_concepts([Concept(NAMES[0], aliases=tuple(NAMES[1:])), Concept("shape", target="a circle")])
     assert [c.target for c in aliases] == [AVERAGE, "a circle"]  # every name counts; a target that was named stays
     assert {c.target for c in resolve_concepts(NAMES, target="object")} == {"object"}
-    people = resolve_concepts(NAMES, kind="person")
-    assert {c.target for c in people} == {"a person"}
+    assert {c.target for c in resolve_concepts(NAMES, kind="person")} == {"a person"}
 
 
 def test_a_style_becomes_the_average() -> None:
