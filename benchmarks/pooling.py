@@ -14,6 +14,7 @@ from benchmarks.quality import Rate
 from realera_edit import svg
 from realera_edit.metrics import bootstrap_groups
 
+FEWEST = 20  # pictures of far concepts of a point of a curve
 RATES = ("acc_e", "acc_g", "acc_g_unseen", "acc_s", "acc_n", "acc_n_unseen", "style_kept")
 LED = ("H_4", "H_4_unseen")
 HARMONIC = (*LED, "H_o", "H_c")
@@ -135,11 +136,14 @@ def by_metric(lines: Sequence[Row]) -> dict[str, Any]:
 
 
 def curves(lines: Sequence[Row], metric: str = "h4") -> str:
-    """An SVG of a metric over the number of concepts, a curve for each editor."""
+    """An SVG of a metric over the number of concepts, a curve for each editor.
+
+    Where so much is erased that hardly a far concept is left, its few pictures would decide the point: it is left out.
+    """
     series: dict[str, list[svg.Point]] = {}
     for line in lines:
         part = line[metric]
-        if part["mean"] is not None:
+        if part["mean"] is not None and line["acc_s"]["count"] >= FEWEST:
             series.setdefault(line["editor"], []).append((line["concepts"], part["mean"], *part["ci"]))
     style = (Path(svg.__file__).parent / "templates" / "report.css").read_text("utf-8")
     drawn = svg.lines(list(series.items()), "erased concepts", "H_4", "H_4 over the number of erased concepts")

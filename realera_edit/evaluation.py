@@ -35,6 +35,7 @@ from .history import RECORD, read_record
 from .hub import public_name
 from .judges import Judge, Verdicts, open_judge
 from .pipeline import LoadedPipeline
+from .probe import Probe, WordFinder
 from .source import open_weights
 
 _CHUNK = 256
@@ -101,6 +102,7 @@ def evaluate(
         similarity_of(source.encoder),
         config,
         (record or {}).get("preserve", ()),
+        WordFinder(Probe.of(before.pipe), source.encoder, config.words, progress if team.rank == 0 else None),
     )
     cases = [*own, *planner.cases(templates, getattr(found, "styled", STYLED), found.styles, kinds)]
     _warn_of_gaps(cases, config)

@@ -26,7 +26,10 @@ class EvaluationConfig:
     far: int = _option(24, "Far concepts that must stay.", 0, 10_000)
     neighbours: int = _option(4, "Near concepts that must stay, for each erased one.", 0, 1000)
     alias_count: int = _option(4, "Most other names of each erased concept.", 0, 1000)
-    residue: int = _option(4, "Most prompts that name it by its keywords alone, for each erased concept.", 0, 1000)
+    residue: int = _option(4, "Most prompts that draw it and never name it, for each erased concept.", 0, 1000)
+    words: int = _option(
+        128, "Vocabulary words that the unedited denoiser is asked about for each, to find what draws it.", 0, 10_000
+    )
     threshold: float = _option(
         0.95, "Share of the unedited model's pictures that must be right for a concept to take part.", 0.0, 1.0
     )

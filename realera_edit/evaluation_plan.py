@@ -64,6 +64,8 @@ class Case:
 
 # Share of the unedited model's pictures that show the label, for pairs (label, name to prompt with).
 Accuracy = Callable[[Sequence[tuple[str, str]]], list[float]]
+# Words that the unedited model may draw like a name, those that tell most first.
+Alike = Callable[[str], list[str]]
 # Cosines [n, m] between the end-of-text states of n and m names.
 Similarity = Callable[[Sequence[str], Sequence[str]], np.ndarray]
 
@@ -137,9 +139,10 @@ class Planner:
         similarity: Similarity,
         config: EvaluationConfig,
         preserved: Iterable[str] = (),
+        alike: Alike = lambda name: [],
     ) -> None:
         """`known`: what may serve as neighbour or far concept; `preserved`: held by the edit, so never far."""
-        self.config, self.similarity, self._accuracy = config, similarity, accuracy
+        self.config, self.similarity, self._accuracy, self._alike = config, similarity, accuracy, alike
         self._rates: dict[tuple[str, str], float] = {}
         self.known = {entry.label: entry for entry in known}
         self._owners = Counter(same(tag) for entry in known for tag in entry.tags)
@@ -240,24 +243,35 @@ class Planner:
         return tuple(self._picked(pairs, self.config.alias_count, self.config.alias_threshold, ""))
 
     def keywords(self, one: Erased, others: Sequence[str]) -> tuple[str, ...]:
-        """Keywords, alone and in twos, that the unedited model draws as the concept, and that name neither it nor one
-        of its `others`: only such as other concepts have too, since one that is its alone may be a name of it.
+        """Prompts that the unedited model draws as the concept, and that name neither it nor one of its `others`.
+
+        Keywords, alone and in twos: only such as other concepts have too, since one that is its alone may be a name of
+        it. Where they are too few, vocabulary words that it draws alike (`probe.WordFinder`).
         """
         taken = (one.name, one.label, *one.aliases, *others)
         tags = [tag for tag in self._tags(one) if self._owners[same(tag)] > 1 and not names_it(tag, taken)]
         ranked = self._ranked(one.name, tags)[:6]
         prompts = [*ranked, *(f"{a} {b}" for a, b in combinations(ranked, 2))]
         pairs = ((one.label, prompt) for prompt in prompts)
-        return tuple(self._picked(pairs, self.config.residue, self.config.alias_threshold, ""))
+        found = self._picked(pairs, self.config.residue, self.config.alias_threshold, "")
+        missing = self.config.residue - len(found)
+        if missing > 0:
+            words = self._words(one, self._alike(one.name))
+            new = [word for word in words if not names_it(word, taken) and word not in prompts]
+            pairs = ((one.label, word) for word in new[: 2 * missing])
+            found += self._picked(pairs, missing, self.config.alias_threshold, "")
+        return tuple(found)
 
     def _tags(self, one: Erased) -> list[str]:
-        """Keywords that are words, name neither the concept nor a part of it, and are no other concept's label."""
+        """The concept's keywords that may stand for it."""
+        return self._words(one, self.known.get(one.label, Known("")).tags)
+
+    def _words(self, one: Erased, texts: Iterable[str]) -> list[str]:
+        """Those that are words, name neither the concept nor a part of it, and are no other concept's label."""
         labels = {same(label) for label in self.known}
-        parts = set(same(one.name).split())
+        names = (one.name, one.label, *same(one.name).split())
         return [
-            tag
-            for tag in self.known.get(one.label, Known("")).tags
-            if _WORD.fullmatch(tag) and same(tag) not in labels and not names_it(tag, (one.name, one.label, *parts))
+            text for text in texts if _WORD.fullmatch(text) and same(text) not in labels and not names_it(text, names)
         ]
 
     def cases(self, templates: Sequence[str], styled: str, styles: Sequence[str], kinds: str) -> list[Case]:

@@ -33,6 +33,7 @@ from .writer import staged_file
 FORMAT = "realera-edit evaluation 1"
 FILE = "evaluation.json"
 NOTHING = "none of them"
+_SHOWN = 6
 _CHUNK = 256
 
 
@@ -115,7 +116,19 @@ class Evaluation:
             floor = f"   original against itself {found['floor']:.4g}" if "floor" in found else ""
             known = not math.isnan(found["value"])
             lines.append(f"{name:<13}{found['value']:6.4g}{floor}" if known else f"{name:<13}     -")
+        if still := self.still_drawn():
+            shown = (f"{row['prompt']!r}: {row['owner']} ({row['edited']} of {row['count']})" for row in still[:_SHOWN])
+            more = f", and {len(still) - _SHOWN} prompts more" if len(still) > _SHOWN else ""
+            lines.append(f"still drawn by {', '.join(shown)}{more}")
+            lines.append(
+                "Erase again with such words as aliases (--alias, or the column aliases) if they are to go, too."
+            )
         return "\n".join(lines)
+
+    def still_drawn(self) -> list[Mapping[str, Any]]:
+        """Rows of `data["prompts"]` of other names and of words whose pictures still show the concept, most first."""
+        rows = [row for row in self.data["prompts"] if row["kind"] in "gr" and row["edited"]]
+        return sorted(rows, key=lambda row: -row["edited"] / row["count"])
 
     def to_dict(self) -> dict[str, Any]:
         """The record that is written to `evaluation.json`."""

@@ -7,7 +7,7 @@ import os
 import tempfile
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,29 +93,55 @@ def load_prior(encoder: PromptEncoder, words: Sequence[str], padding: int, finge
     """
     if not words:
         return None
-    prompts = prior_prompts(words)
+
+    def compute(alone: PromptEncoder) -> dict[str, Tensor]:
+        cross, pooled, last = prior_moments(alone, words, padding)
+        return {"cross": cross, "last": last} | ({} if pooled is None else {"pooled": pooled})
+
+    found = _cached("prior", ("cross", "last"), encoder, (fingerprint, padding, prior_prompts(words)), compute)
+    return Prior(tuple(words), found["last"], found["cross"], found.get("pooled"))
+
+
+def load_ends(encoder: PromptEncoder, words: Sequence[str], fingerprint: str) -> Tensor:
+    """The end token's state [words, d] of each bare word, on the CPU, cached as the prior is."""
+
+    def compute(alone: PromptEncoder) -> dict[str, Tensor]:
+        encoded = alone.encode(words, label="vocabulary")
+        return {"last": torch.stack([e.states[len(e.ids) - 1] for e in encoded])}
+
+    return _cached("ends", ("last",), encoder, (fingerprint, tuple(words)), compute)["last"]
+
+
+def _cached(
+    name: str,
+    needed: Sequence[str],
+    encoder: PromptEncoder,
+    about: tuple[Any, ...],
+    compute: Callable[[PromptEncoder], dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """Tensors of the CPU that `about` decides, `needed` and maybe others, from the disk cache or from `compute`."""
     kind = encoder.pairs[0][1].device.type
     where = () if kind == "cpu" else (kind,)  # another device rounds otherwise
-    asked = (CACHE_VERSION, torch.__version__, fingerprint, padding, prompts, *where)
-    key = hashlib.sha256(repr(asked).encode()).hexdigest()
-    path = cache_folder() / f"prior-{key[:32]}.safetensors"
+    key = hashlib.sha256(repr((CACHE_VERSION, torch.__version__, *about, *where)).encode()).hexdigest()
+    path = cache_folder() / f"{name}-{key[:32]}.safetensors"
     try:
         from safetensors.torch import load_file
 
-        stored = load_file(path)
-        return Prior(tuple(words), stored["last"], stored["cross"], stored.get("pooled"))
+        stored: dict[str, Tensor] = load_file(path)
+        if lacking := [part for part in needed if part not in stored]:
+            raise KeyError(lacking[0])
+        return stored
     except FileNotFoundError:
         pass
     except Exception as error:  # whatever is wrong with a cache file, computing again mends it
-        warnings.warn(f"{path}: damaged cache ({error}); computed again", RealEraWarning, stacklevel=2)
+        warnings.warn(f"{path}: damaged cache ({error}); computed again", RealEraWarning, stacklevel=3)
     # a memory of its own: with the cache warm or cold, the rest of the edit sees the same batches, to the bit
-    cross, pooled, last = prior_moments(replace(encoder, _known={}), words, padding)
-    cross, last, pooled = cross.cpu(), last.cpu(), None if pooled is None else pooled.cpu()
-    _store(path, {"cross": cross, "last": last} | ({} if pooled is None else {"pooled": pooled}))
-    return Prior(tuple(words), last, cross, pooled)
+    found = {part: tensor.cpu() for part, tensor in compute(replace(encoder, _known={})).items()}
+    _store(path, found, name)
+    return found
 
 
-def _store(path: Path, tensors: dict[str, Tensor]) -> None:
+def _store(path: Path, tensors: dict[str, Tensor], name: str) -> None:
     from safetensors.torch import save_file
 
     try:
@@ -129,7 +155,7 @@ def _store(path: Path, tensors: dict[str, Tensor]) -> None:
             os.unlink(temporary)
             raise
     except Exception as error:
-        warnings.warn(f"{path}: the prior could not be cached ({error})", RealEraWarning, stacklevel=2)
+        warnings.warn(f"{path}: the {name} could not be cached ({error})", RealEraWarning, stacklevel=2)
 
 
 def similarity(states: Tensor, bank: Tensor, centre: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import tiny_models
 import torch
 from torch import Tensor
 
-from benchmarks import compare, pooling, styles
+from benchmarks import compare, pooling, residue, styles
 from benchmarks.quality import PLAIN, Bench, Rate, Settings
 from benchmarks.reference_model.pictures import Concept
 from benchmarks.reference_model.sampler import PictureStore, load_pipeline
@@ -117,6 +118,64 @@ def test_each_editor_starts_from_the_unedited_model(run: Callable[..., Any], tmp
     assert added["drift"] < 0.1 * one["drift"]
 
 
+def test_residue_is_of_words_that_draw_a_concept_and_never_name_it(
+    bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residue, "ALIKE", -1.0)  # a random model draws no two words alike
+    results = tmp_path / "words.jsonl"
+    fixed = [
+        "--model",
+        str(bench.model),
+        "--results",
+        str(results),
+        "--threads",
+        "1",
+        "--concepts",
+        "2",
+        "--draws",
+        "2",
+    ]
+    residue.main([*fixed, "--most", "3", "--editors", "ours", 'uce{"lamb": 1e9}'], bench)
+    rows, shown = lines(results), capsys.readouterr().out
+    assert [(row["draw"], row["editor"]) for row in rows] == [
+        (draw, name) for draw in (0, 1) for name in ("ours", 'uce{"lamb": 1e9}')
+    ]
+    for ours, nothing in (rows[:2], rows[2:]):
+        assert ours["words"] == nothing["words"]
+        assert [name for name, _, _ in ours["words"]] == [name for name in ours["erased"] for _ in range(3)]
+        assert not {word for _, word, _ in ours["words"]} & {*bench.labels}
+        assert ours["all"]["count"] == ours["unedited"]["count"] == len(PLAIN) * len(ours["words"])
+        assert ours["far"]["count"] == len(PLAIN) * sum(far for _, _, far in ours["words"])
+        # an edit that changes next to nothing leaves them all
+        assert nothing["all"] == nothing["unedited"]
+        assert nothing["far"] == nothing["unedited far"]
+    assert any(row["all"] != row["unedited"] for row in rows)
+    assert "| 2 | unedited | 2 |" in shown
+    monkeypatch.setattr(residue, "measured", lambda *_: pytest.fail("a row was measured again"))
+    residue.main([*fixed, "--most", "3", "--editors", "ours", 'uce{"lamb": 1e9}'], bench)
+    assert capsys.readouterr().out.splitlines()[:4] == shown.splitlines()[:4]
+    residue.main([*fixed, "--table"], bench)
+    assert capsys.readouterr().out.splitlines()[:4] == shown.splitlines()[:4]
+    monkeypatch.undo()
+    monkeypatch.setattr(residue, "ALIKE", 2.0)  # no word at all
+    residue.main([*fixed, "--results", str(tmp_path / "none.jsonl"), "--editors", "ours"], bench)
+    assert lines(tmp_path / "none.jsonl")[0]["all"] == {"hits": 0, "count": 0}
+
+
+def test_words_that_the_judge_does_not_see_are_no_residue(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    [name, *others] = bench.labels
+    listed = ["near", "false", name, "far", others[0], "other"]
+    alike = torch.tensor([[0.9, 0.95, 1.0, 0.85, 0.9, 0.5]])
+    rank = torch.tensor([[1, 20, 0, 30, 2, 40]])
+    words = residue.Words([name], listed, alike, rank)
+    monkeypatch.setattr(bench, "accuracy", lambda pairs: [float(word != "false") for _, word in pairs])
+    monkeypatch.setattr(bench, "settings", dataclasses.replace(SMALL, alias_threshold=0.5))
+    assert words.of_concept(bench, name, 8) == [("far", True), (others[0], False), ("near", False)]
+    assert words.of_concept(bench, name, 1) == [("far", True)]
+    known = dataclasses.replace(words, labels=[name, others[0]], alike=alike.repeat(2, 1), rank=rank.repeat(2, 1))
+    assert known.of_concept(bench, name, 8) == [("far", True), ("near", False)]  # another concept's name
+
+
 def test_a_torn_line_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     compare.append_row(path, {"key": "a", "value": 1})
@@ -178,6 +237,11 @@ def test_rows_are_pooled() -> None:
     assert found[0]["h4"]["count"] == 2
     assert (found[0]["draws"], found[0]["seconds"]) == (3, 2.0)
     assert "| 1 | unedited | - | 0.500 [0.332, 0.668] |" in pooling.table(found)
+    # the curve has a point where there are enough far pictures, and none where two would decide it
+    [line] = found
+    many, few = ({**line, "concepts": n, "acc_s": {**line["acc_s"], "count": count}} for n, count in ((7, 20), (9, 2)))
+    assert pooling.curves([many, few]) == pooling.curves([many])
+    assert pooling.curves([many, few]) != pooling.curves([many, {**many, "concepts": 9}])
 
 
 def test_the_lead_is_of_the_same_concepts_in_the_same_draws() -> None:

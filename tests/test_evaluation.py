@@ -17,7 +17,7 @@ from helpers import QUICK, run, tree, weights
 from realera_edit import edit_model, generate
 from realera_edit.cli_evaluate import evaluate as command
 from realera_edit.errors import CheckpointError, ConceptError, ConfigError, RealEraWarning
-from realera_edit.evaluation import evaluate
+from realera_edit.evaluation import Evaluation, evaluate
 from realera_edit.evaluation_config import EvaluationConfig, parse_numbers
 from realera_edit.evaluation_map import _plane
 from realera_edit.evaluation_plan import read_known
@@ -172,6 +172,43 @@ def test_figures_are_those_of_the_pictures(found: Any, place: Path, judge: Funct
     assert data["harmonic"]["H_4"]["value"] == concept["H_4"]
     far = [p["pixel"] for row in rows(data, "s") for p in row["pictures"]]
     assert data["distances"]["pixel"]["value"] == pytest.approx(np.mean(far), rel=1e-3)
+
+
+def test_words_that_the_denoiser_draws_alike_are_residue(
+    place: Path, judge: FunctionJudge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("realera_edit.probe.ALIKE", -1.0)  # a random model draws no two words alike
+    config = replace(CONFIG, residue=3, far=0, neighbours=0, alias_count=0, alias_threshold=0.0, words=8)
+    told: list[tuple[str, int, int]] = []
+
+    def words(**changes: Any) -> list[str]:
+        changed = replace(config, **changes)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RealEraWarning)
+            data = measured(
+                place, judge, tmp_path / "out", config=changed, progress=lambda *step: told.append(step)
+            ).to_dict()
+        return [row["prompt"] for row in rows(data, "r")][1::2]
+
+    found = words()
+    assert found[0] == KEYWORD
+    assert len(found) == 3
+    assert not {"cat", OTHER, *LABELS} & set(found)
+    assert ("asking about cat", 9, 9) in told
+    assert words(words=0) == [KEYWORD]
+
+
+def test_what_still_draws_it_is_told_and_how_to_mend_it() -> None:
+    def row(kind: str, prompt: str, edited: int) -> dict[str, Any]:
+        return {"kind": kind, "prompt": prompt, "owner": "cat", "edited": edited, "count": 4}
+
+    some = [row("g", "puss", 1), row("r", "pet", 3), row("r", "gone", 0), row("e", "cat", 4), row("s", "car", 4)]
+    table = Evaluation({}, {}, {}, {"prompts": some}).table()
+    assert "still drawn by 'pet': cat (3 of 4), 'puss': cat (1 of 4)\n" in table
+    assert "--alias" in table
+    many = [row("r", f"word {i}", 2) for i in range(9)]
+    assert "'word 5': cat (2 of 4), and 3 prompts more" in Evaluation({}, {}, {}, {"prompts": many}).table()
+    assert "still drawn" not in Evaluation({}, {}, {}, {"prompts": some[2:]}).table()
 
 
 def test_an_edited_model_draws_other_pictures(found: Any) -> None:

@@ -18,7 +18,13 @@ CONFIG = EvaluationConfig(seeds=(0, 1), far=3, neighbours=4, alias_count=2, resi
 NEAR = {"car": 0.9, "dog": 0.8, "wolf": 0.7, "fox": 0.6, "bus": 0.5, "jeep": 0.4, "oak": 0.3, "elm": 0.2}
 
 
-def plan(rates: dict[str, float], erased: str = "cat", preserved: tuple[str, ...] = (), **changes: Any) -> Planner:
+def plan(
+    rates: dict[str, float],
+    erased: str = "cat",
+    preserved: tuple[str, ...] = (),
+    alike: tuple[str, ...] = (),
+    **changes: Any,
+) -> Planner:
     """A plan over nine concepts in three groups; `rates`: what the unedited model falls short on."""
     groups = {"cat": 0, "dog": 0, "wolf": 0, "fox": 0, "car": 1, "bus": 1, "jeep": 1, "oak": 2, "elm": 2}
     tags = {
@@ -33,6 +39,7 @@ def plan(rates: dict[str, float], erased: str = "cat", preserved: tuple[str, ...
         lambda names, others: np.array([[NEAR.get(other, 0.0) for other in others] for _ in names]),
         replace(CONFIG, **changes),
         preserved,
+        lambda name: list(alike),
     )
 
 
@@ -73,6 +80,23 @@ def test_other_names_and_keywords() -> None:
     assert made.keywords(cat, made.others(cat)) == ("pet", "woof", "pet woof")
     assert plan({"kitty": 0.4}, far=0).others(cat) == ("puss",)
     assert plan({"pet": 0.4, "woof": 0.0}, far=0).keywords(cat, ()) == ("pet woof",)
+
+
+def test_words_that_are_drawn_alike_fill_up_the_residue() -> None:
+    """None that names the concept, another name or another concept; those that the model does not draw are left out."""
+    alike = ("pet", "kitty", "Dog", "cats eye", "the cat", "whisker", "purr", "claw", "paw")
+    made = plan({"whisker": 0.4}, far=0, residue=6, alike=alike)
+    (cat,) = made.erased
+    assert made.keywords(cat, ("kitty",)) == ("pet", "woof", "pet woof", "cats eye", "purr", "claw")
+    # enough keywords: no word is asked for
+    assert plan({}, far=0, residue=3, alike=alike).keywords(cat, ()) == ("pet", "woof", "pet woof")
+    # two are tried for each that is missing
+    few = plan(dict.fromkeys(("pet", "woof", "pet woof", "cats eye", "whisker"), 0.0), far=0, residue=1, alike=alike)
+    assert few.keywords(cat, ("kitty",)) == ()
+    assert plan({}, "oak", far=0, residue=2, alike=("acorn", "elm", "leaf")).keywords(Erased("oak", "oak"), ()) == (
+        "acorn",
+        "leaf",
+    )
 
 
 def test_names_are_drawn_once() -> None:

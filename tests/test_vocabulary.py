@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from safetensors.torch import save_file
 
 from realera_edit.checkpoint import open_checkpoint
 from realera_edit.embeddings import PromptEncoder
 from realera_edit.errors import RealEraWarning
-from realera_edit.vocabulary import Prior, load_prior, mine_words, prior_moments, whole_words
+from realera_edit.vocabulary import Prior, load_ends, load_prior, mine_words, prior_moments, whole_words
 
 WORDS = ("cat", "dog", "horse", "a red house")
 
@@ -97,6 +98,25 @@ def test_a_damaged_cache_costs_time_and_not_the_edit(
     assert first is not None
     assert again is not None
     assert torch.equal(first.cross, again.cross)
+
+
+def test_end_states_are_cached_by_their_words(
+    encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("REALERA_EDIT_CACHE", str(tmp_path / "own"))
+    calls = count_forward(encoder, monkeypatch)
+    ends = load_ends(encoder, WORDS, "x")
+    torch.testing.assert_close(ends, prior_moments(encoder, WORDS, 2)[2])
+    count = len(calls)
+    assert torch.equal(load_ends(encoder, WORDS, "x"), ends)
+    assert len(calls) == count
+    torch.testing.assert_close(load_ends(encoder, WORDS[::-1], "x"), ends.flip(0))
+    assert len(calls) > count
+    # a file that lacks what it should hold is a damaged one
+    for path in (tmp_path / "own").iterdir():
+        save_file({"other": torch.ones(1)}, path)
+    with pytest.warns(RealEraWarning, match="damaged cache"):
+        assert torch.equal(load_ends(encoder, WORDS, "x"), ends)
 
 
 def test_no_words_no_prior(encoder: PromptEncoder) -> None:
