@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from realera_edit import EditConfig, EvaluationConfig, apply_edit, edit_model, evaluate
 from realera_edit.apply import apply_factor
 from realera_edit.embeddings import PromptEncoder
+from realera_edit.pipeline import LoadedPipeline
+from realera_edit.probe import Probe
 from realera_edit.solve import Factor, residuals, solve
 from realera_edit.statistics import Keep, Pairs
 
@@ -164,3 +166,14 @@ def test_the_model_that_ships_is_edited_and_evaluated_there(tmp_path: Path) -> N
     assert before.value >= 0.8
     assert gone.value <= 0.25
     assert others.value >= 0.8
+
+
+def test_the_denoiser_answers_there_as_on_the_cpu(model: Path) -> None:
+    pipe, answers = DiffusionPipeline.from_pretrained(model), []
+    for device in ("cpu", GPU):
+        pipe.to(device)
+        answers.append(Probe.of(pipe).answers(LoadedPipeline(pipe).encoder, ["cat", "dog", "a red house"]))
+    here, there = answers
+    assert there.device.type == "cpu"
+    assert float((here * there).sum(1).min()) > 0.99
+    assert float((here[0] * there[1]).sum()) < 0.99  # control: another word's
