@@ -56,6 +56,11 @@ def total(parts: Sequence[Row]) -> Rate:
     return Rate(sum(part["hits"] for part in parts), sum(part["count"] for part in parts))
 
 
+def shown(rate: Rate) -> str:
+    """A rate with its interval, for a table."""
+    return "-" if not rate.count else f"{rate.value:.3f} [{rate.interval[0]:.3f}, {rate.interval[1]:.3f}]"
+
+
 def column(name: str) -> str:
     """The key of a harmonic mean in a pooled row: "h4_unseen" of "H_4_unseen"."""
     return name.lower().replace("h_4", "h4")

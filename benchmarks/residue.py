@@ -25,8 +25,8 @@ from torch import Tensor
 from benchmarks import common
 from benchmarks.compare import append_row, key_of, make_editor, nested_sets, read_rows, retained
 from benchmarks.peers import vocabulary_prior
-from benchmarks.pooling import Row, label, total
-from benchmarks.quality import PLAIN, Bench, Rate, Settings, generate, load_pipeline
+from benchmarks.pooling import Row, label, shown, total
+from benchmarks.quality import PLAIN, Bench, Settings, generate, load_pipeline
 from benchmarks.reference_model.pictures import DEFAULT_CACHE
 from realera_edit import Concept, RealEraWarning
 from realera_edit.evaluation_plan import names_it, same
@@ -127,17 +127,11 @@ def table(rows: Sequence[Row]) -> str:
     for (count, name), group in groups.items():
         sides = [("unedited", ("unedited", "unedited far"))] if count not in told else []
         told.add(count)
-        for shown, kinds in [*sides, (name, ("all", "far"))]:
-            cells = [_cell(total([row[kind] for row in group])) for kind in kinds]
-            lines.append(f"| {count} | {shown} | {len(group)} | {' | '.join(cells)} |")
+        for said, kinds in [*sides, (name, ("all", "far"))]:
+            rates = [total([row[kind] for row in group]) for kind in kinds]
+            cells = [f"{shown(rate)} of {rate.count}" for rate in rates]
+            lines.append(f"| {count} | {said} | {len(group)} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _cell(rate: Rate) -> str:
-    if not rate.count:
-        return ""
-    low, high = rate.interval
-    return f"{rate.value:.3f} [{low:.3f}, {high:.3f}] of {rate.count}"
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

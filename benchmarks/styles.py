@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks import common
 from benchmarks.compare import Editor, append_row, key_of, make_editor, read_rows, retained
-from benchmarks.pooling import Row, tidy, total
+from benchmarks.pooling import Row, shown, tidy, total
 from benchmarks.quality import PLAIN, Bench, Rate, Settings, generate, load_pipeline
 from benchmarks.reference_model.pictures import DEFAULT_CACHE
 from benchmarks.reference_model.splits import split_of
@@ -167,15 +167,12 @@ def pooled(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Rate]]]:
 def table(rows: Sequence[Row]) -> str:
     """A Markdown table, the unedited model first."""
 
-    def cell(rate: Rate) -> str:
-        return "-" if not rate.count else f"{rate.value:.3f} [{rate.interval[0]:.3f}, {rate.interval[1]:.3f}]"
-
     found = pooled(rows)
     head = ["editor", *(name.replace("_", " ") for name in METRICS)]
     out = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     first = next(iter(found.values()))["original"]
     for name, line in [("unedited", first), *((editor, sides["edited"]) for editor, sides in found.items())]:
-        out.append(f"| {name} | " + " | ".join(cell(line[metric]) for metric in METRICS) + " |")
+        out.append(f"| {name} | " + " | ".join(shown(line[metric]) for metric in METRICS) + " |")
     return "\n".join(out)
 
 

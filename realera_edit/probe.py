@@ -127,7 +127,10 @@ def _running(unet: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class WordFinder:
-    """Finds vocabulary words that a pipeline draws like a name. `among`: how many it is asked about for each name."""
+    """Finds vocabulary words that a pipeline draws like a name.
+
+    `among`: how many it is asked about for each name; 0 finds none, and encodes nothing.
+    """
 
     probe: Probe
     encoder: PromptEncoder
@@ -145,9 +148,9 @@ class WordFinder:
         The denoiser is asked about the words nearest to the name by end state. Of those that it draws alike the one
         that is furthest from the name comes first: an edit takes the near ones along, and they tell less.
         """
-        words, ends = self._vocabulary
-        if not self.among or not words:
+        if not self.among:
             return []
+        words, ends = self._vocabulary
         [own] = self.encoder.encode([name])
         end = own.states[len(own.ids) - 1][None].cpu()
         near = similarity(end, ends, ends.mean(0))[0].topk(min(self.among, len(words))).indices.tolist()

@@ -77,7 +77,9 @@ def test_only_the_nearest_are_asked_about_and_the_furthest_of_them_comes_first(e
     near, far = sorted(("lamp", "tower"), key=order.index)
     assert WordFinder(probe, encoder, 1000)("cat") == [far, near, "cat"]
     assert WordFinder(probe, encoder, order.index(far))("cat") == [near, "cat"]
-    assert WordFinder(probe, encoder, 0)("cat") == []
+    none = WordFinder(probe, encoder, 0)
+    assert none("cat") == []
+    assert "_vocabulary" not in vars(none)  # thousands of words were not encoded for nothing
 
 
 def test_every_prompt_is_asked_on_one_noise_at_one_step(encoder: PromptEncoder) -> None:
