@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from realera_edit import svg
 from realera_edit.metrics import bootstrap_groups
 
 FEWEST = 20  # pictures of far concepts of a point of a curve
-RATES = ("acc_e", "acc_g", "acc_g_unseen", "acc_s", "acc_n", "acc_n_unseen", "style_kept")
+RATES = ("acc_e", "acc_g", "acc_g_unseen", "acc_s", "acc_n", "acc_n_retained", "acc_n_unseen", "style_kept")
 LED = ("H_4", "H_4_unseen")
 HARMONIC = (*LED, "H_o", "H_c")
 Row = dict[str, Any]
@@ -41,8 +41,7 @@ def pooled(rows: Sequence[Row]) -> Row:
     line: Row = {"concepts": rows[0]["concepts"], "editor": label(rows[0]), "draws": len(good)}
     for side, prefix in (("edited", ""), ("original", "unedited_")):
         for name in RATES:
-            parts = [row[side][name] for row in good if name in row[side]]  # older rows lack the later ones
-            rate = total(parts)
+            rate = total(found for row in good if (found := part_of(row[side], name)))
             line[prefix + name] = {"mean": rate.value, "ci": rate.interval, "count": rate.count}
     for name in HARMONIC:
         line[column(name)] = mean_of(by_concept(good, name))
@@ -51,9 +50,18 @@ def pooled(rows: Sequence[Row]) -> Row:
     return tidy(line)
 
 
-def total(parts: Sequence[Row]) -> Rate:
+def part_of(side: Row, name: str) -> Row | None:
+    """A stored rate; of older rows, which lack the later ones, None. Retained neighbours: those that are not unseen."""
+    if name != "acc_n_retained":
+        return side.get(name)
+    every, unseen = side["acc_n"], side.get("acc_n_unseen")
+    return unseen and {key: every[key] - unseen[key] for key in ("hits", "count")}
+
+
+def total(parts: Iterable[Row]) -> Rate:
     """Stored rates as one."""
-    return Rate(sum(part["hits"] for part in parts), sum(part["count"] for part in parts))
+    counts = [(part["hits"], part["count"]) for part in parts]
+    return Rate(sum(hits for hits, _ in counts), sum(count for _, count in counts))
 
 
 def shown(rate: Rate) -> str:

@@ -4,6 +4,7 @@
 itself with each editor of `benchmarks.compare`; two of the other styles are named to be retained (`--retain`), two are
 not. A thing takes part in a style where the unedited model draws both of them right. Rows are kept as in
 `benchmarks.compare`.
+`--together N` erases N styles in one edit, in as many such groups as there are styles.
 `--beside N` erases N concepts in the same edit, with half of the others retained: a mixture of a style and things.
 """
 
@@ -30,6 +31,7 @@ from benchmarks.quality import PLAIN, Bench, Rate, Settings, generate, load_pipe
 from benchmarks.reference_model.pictures import DEFAULT_CACHE
 from benchmarks.reference_model.splits import split_of
 from realera_edit import Concept, EditConfig, RealEraError, RealEraWarning
+from realera_edit.config import KINDS
 from realera_edit.contexts import CONTEXTS
 
 TEMPLATES = ("a {style} emoji of a {name}", "{name} in {style} style")
@@ -83,17 +85,19 @@ def chosen(bench: Bench, split: Any, most: int) -> dict[str, list[str]]:
     return found
 
 
-def rates(cases: Sequence[Case], things: Tensor, styles: Tensor, erased: str, kept: Sequence[str]) -> dict[str, Rate]:
+def rates(
+    cases: Sequence[Case], things: Tensor, styles: Tensor, erased: Sequence[str], kept: Sequence[str]
+) -> dict[str, Rate]:
     """The figures of one set of pictures."""
 
     def rate(hits: Tensor, wanted: Sequence[str]) -> Rate:
         part = hits[[c.style in wanted for c in cases]]
         return Rate(int(part.sum()), part.numel())
 
-    others = [style for style in dict.fromkeys(c.style for c in cases) if style not in (erased, BESIDE)]
+    others = [style for style in dict.fromkeys(c.style for c in cases) if style not in (*erased, BESIDE)]
     return {
-        "style_left": rate(styles, [erased]),
-        "object_kept": rate(things, [erased]),
+        "style_left": rate(styles, erased),
+        "object_kept": rate(things, erased),
         "retained_styles": rate(styles, kept),
         "other_styles": rate(styles, [style for style in others if style not in kept]),
         "other_objects": rate(things, others),
@@ -101,13 +105,13 @@ def rates(cases: Sequence[Case], things: Tensor, styles: Tensor, erased: str, ke
     }
 
 
-def for_styles(editor: Editor) -> Editor:
-    """The editor told that its concept is a style, where it can be told: ours and "+" by their contexts."""
+def for_styles(editor: Editor, kind: str) -> Editor:
+    """The editor told of what kind its concept is, where it can be told: ours and "+" by their contexts."""
     settings = editor.settings
     if isinstance(settings, EditConfig):
-        return dataclasses.replace(editor, settings=dataclasses.replace(settings, kind="style"))
+        return dataclasses.replace(editor, settings=dataclasses.replace(settings, kind=kind))
     if editor.name.endswith("+"):
-        return dataclasses.replace(editor, settings=dataclasses.replace(settings, contexts=CONTEXTS["style"]))
+        return dataclasses.replace(editor, settings=dataclasses.replace(settings, contexts=CONTEXTS[kind]))
     return editor
 
 
@@ -116,6 +120,8 @@ def rows_of(bench: Bench, pipe: Any, options: argparse.Namespace, record: Row) -
     known, drawing = read_rows(options.results), bench.settings
     originals = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
     styles = list(bench.judge.styles)
+    if options.together + options.retain > len(styles):
+        raise ValueError(f"{options.together} styles erased and {options.retain} retained: there are {len(styles)}")
     things = chosen(bench, options.split, options.things)
     drawn = {name for names in things.values() for name in names}
     beside = [name for name in reversed(in_order(bench, options.split)) if name not in drawn][: options.beside]
@@ -123,19 +129,25 @@ def rows_of(bench: Bench, pipe: Any, options: argparse.Namespace, record: Row) -
     cases = cases_of(styles, things) + [Case(t.format(name), BESIDE, name) for name in beside for t in PLAIN]
     prompts = [case.prompt for case in cases]
     before = right(bench, bench.store.get(prompts, drawing.seeds), cases)
-    for place, erased in enumerate(styles):
-        kept = [styles[(place + step) % len(styles)] for step in range(1, 1 + options.retain)]
+    for place in range(len(styles)):
+        following = (styles * 2)[place : place + len(styles)]
+        erased, others = following[: options.together], following[options.together :]
+        kept = others[: options.retain]
         for written in options.editors:
-            editor = make_editor(written, 1 + len(beside)) if beside else for_styles(make_editor(written, 1))
-            about = {"editor": written, "settings": editor.described(), "erased": erased, "retain": kept}
+            editor = make_editor(written, len(erased) + len(beside))
+            editor = editor if beside else for_styles(editor, options.kind)
+            about = {"editor": written, "settings": editor.described(), "erased": ", ".join(erased), "retain": kept}
             target = kept[0] if options.target == RETAINED else options.target
             about |= {"target": target, "split": options.split, "judge": options.judge, "things": things}
+            if options.kind != "style":
+                about |= {"kind": options.kind}
             if beside:
                 about |= {"beside": beside, "retain": [*kept, *staying]}
             key = key_of(bench, about)
             if key not in known:
                 row: Row = {"key": key, **about}
-                calls = [Concept(erased, target, kind="style" if beside else None), *map(Concept, beside)]
+                calls = [Concept(style, target, kind=options.kind if beside else None) for style in erased]
+                calls += map(Concept, beside)
                 edit = functools.partial(editor, pipe, calls, about["retain"])
                 try:
                     seconds, _ = common.timed(edit, pipe.device.type)
@@ -185,8 +197,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--split", choices=("development", "report"), default="development", help="of the things that are drawn")
     add("--judge", choices=("development", "report"), default="development")
     add("--target", help=f"what every style becomes, {RETAINED}: the first retained one  [default: each editor's own]")
+    add("--kind", choices=KINDS, default="style", help="what ours is told that a style is")
     add("--things", type=int, default=24, help="at most, for each style")
     add("--retain", type=int, default=2, help="other styles that are named to stay")
+    add("--together", type=int, default=1, help="styles that are erased in one edit")
     add("--beside", type=int, default=0, help="concepts that are erased in the same edit")
     add("--results", type=Path, default=Path("benchmarks/results/styles.jsonl"), help="rows; a run goes on from them")
     add("--cache", type=Path, default=DEFAULT_CACHE)

@@ -1,7 +1,7 @@
 """realera_edit: erase concepts from text-to-image checkpoints in closed form.
 
     from realera_edit import edit_model
-    result = edit_model("path/or/hub-id", ["Van Gogh"], target="a painting")
+    result = edit_model("path/or/hub-id", ["Snoopy"], target="a dog")
     result.save("OUT")
 
 Names are loaded on first use, so that importing the package costs nothing.

@@ -113,7 +113,7 @@ def erase(model: str, names: tuple[str, ...], out: Path | None, save_edit: Path 
     MODEL is a diffusers folder, a hub id or a single .safetensors file (A1111, ComfyUI). It is never changed.
 
     \b
-    realera-edit erase ./sd15 "Van Gogh" "Picasso" --to "a painting" --preserve "Monet" -o ./no-painters
+    realera-edit erase ./sd15 "Van Gogh" --kind style --preserve Monet --preserve Renoir -o ./no-van-gogh
     realera-edit erase ./sdxl --concepts celebrities.csv --preserve-file keep.txt -o ./safe
     realera-edit erase ./sd15 "Van Gogh" --save-edit no-van-gogh.safetensors
     realera-edit erase model.safetensors "Van Gogh" --tokenizer ./sd15 -o edited.safetensors

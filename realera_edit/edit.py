@@ -29,6 +29,7 @@ from .report import render
 from .single_output import save_single
 from .singlefile import SingleFile
 from .source import Source, open_source
+from .targets import AVERAGE, style_names
 from .tensorfile import TensorFile, rewrite
 from .writer import check_outside, edited_tensors
 
@@ -244,6 +245,7 @@ def edit_model(
             f"{source.where}: its U-Net reads a pooled text state that the text encoder does not give"
         )
     _warn(result)
+    _warn_of_styles(result)
     if isinstance(source, LoadedPipeline):
         result.tensors = source.apply(edit, selection)
         check_changed(source.where, result.tensors)
@@ -266,3 +268,19 @@ def _warn(result: EditResult) -> None:
             RealEraWarning,
             stacklevel=3,
         )
+
+
+def _warn_of_styles(result: EditResult) -> None:
+    """Warn of styles that become the average of things: several times as much of them is left (docs/comparison.md)."""
+    concepts = result.edit.concepts
+    styles = [concept.name for concept in concepts if concept.kind == "style" and concept.target == AVERAGE]
+    alone = all(concept.kind == "style" for concept in concepts)
+    if not styles or (alone and style_names({n.lower() for c in concepts for n in c.names}, result.preserve)):
+        return
+    shown = ", ".join(styles[:5]) + " ..." * (len(styles) > 5)
+    warnings.warn(
+        f"{shown}: a style that becomes the average of things leaves more of itself than one that becomes other "
+        f"styles. {'Preserve two styles or more, or name' if alone else 'Name'} one that stays as the target",
+        RealEraWarning,
+        stacklevel=3,
+    )

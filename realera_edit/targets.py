@@ -14,7 +14,7 @@ import torch
 from .contexts import AVERAGE, FEWEST_STYLES, align, fill, is_name
 from .embeddings import Encoded, PromptEncoder
 
-__all__ = ["AVERAGE", "average_targets", "average_words"]
+__all__ = ["AVERAGE", "average_targets", "average_words", "style_names"]
 
 # Everyday things of many kinds; what is being erased is left out of the average.
 THINGS = """
@@ -25,6 +25,15 @@ THINGS = """
 """
 INSTEAD = "object"  # where the tokenizer has too few of them as one token
 FEWEST, MOST = 16, 64
+
+
+def style_names(erased: Collection[str], preserve: Sequence[str]) -> list[str]:
+    """The preserved names that styles become the average of: none where they are too few to be a middle.
+
+    `erased` in lower case. Only where all that is erased are styles; no thing stands for one.
+    """
+    named = [entry for entry in preserve if is_name(entry) and entry.lower() not in erased]
+    return named[:MOST] if len(named) >= FEWEST_STYLES else []
 
 
 def average_words(

@@ -244,6 +244,15 @@ def test_rows_are_pooled() -> None:
     assert pooling.curves([many, few]) != pooling.curves([many, {**many, "concepts": 9}])
 
 
+def test_named_neighbours_are_those_that_are_not_unseen() -> None:
+    side = {"acc_n": {"hits": 7, "count": 10}, "acc_n_unseen": {"hits": 2, "count": 4}}
+    assert pooling.part_of(side, "acc_n_retained") == {"hits": 5, "count": 6}
+    assert pooling.part_of(side, "acc_n") == side["acc_n"]
+    assert (
+        pooling.part_of({"acc_n": side["acc_n"]}, "acc_n_retained") is None
+    )  # a row of before the two were told apart
+
+
 def test_the_lead_is_of_the_same_concepts_in_the_same_draws() -> None:
     """Where both have a figure; a concept of two draws is one concept of the interval."""
 
@@ -321,6 +330,10 @@ def test_styles_are_counted_where_they_belong(
         assert [row["edited"][name]["count"] for name in ("retained_styles", "other_styles")] == [8, 4]
         assert row["settings"].get("kind") == ("style" if row["editor"] == "ours" else None)
     assert first[0]["original"] == first[1]["original"]
+    styles.main([*fixed, "--kind", "object", "--editors", "ours"], bench)
+    others = json.loads(capsys.readouterr().out)["rows"]
+    assert {row["settings"]["kind"] for row in others} == {"object"}
+    assert not {row["key"] for row in others} & {row["key"] for row in first}
     monkeypatch.setattr(styles, "generate", lambda *_, **__: pytest.fail("a row was drawn again"))
     styles.main([*fixed, "--editors", "ours", "uce"], bench)
     assert json.loads(capsys.readouterr().out)["rows"] == first
@@ -367,6 +380,36 @@ def test_a_style_and_things_go_in_one_edit(
         assert set(retain[named:]) == set(compare.retained(bench, "development", row["beside"]))
         assert row["edited"]["beside_left"]["count"] == len(PLAIN)
         assert row["edited"]["beside_left"] == row["original"]["beside_left"]  # nothing was edited
+    told.clear()
+    fixed += ["--things", "1", "--beside", "1", "--retain", str(named), "--editors", "ours", "--kind", "person"]
+    styles.main(fixed, bench)
+    others = json.loads(capsys.readouterr().out)["rows"]
+    assert [concepts[0].kind for concepts, _ in told] == ["person"] * len(rows)
+    assert not {row["key"] for row in others} & {row["key"] for row in rows}
+
+
+def test_styles_go_together(
+    bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each style is erased as often as there are styles in a group, and none of a group is retained beside it."""
+    told: list[Any] = []
+    monkeypatch.setattr(bench.judge, "styles", STYLES)
+    monkeypatch.setattr(compare.Editor, "__call__", lambda _, pipe, concepts, retain: told.append((concepts, retain)))
+    fixed = ["--model", str(bench.model), "--results", str(tmp_path / "rows.jsonl"), "--threads", "1", "--json"]
+    fixed += ["--things", "1", "--editors", "ours", "--together", "2"]
+    styles.main([*fixed, "--retain", "1"], bench)
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    groups = [[concept.name for concept in concepts] for concepts, _ in told]
+    assert [row["erased"] for row in rows] == [", ".join(group) for group in groups]
+    assert sorted(name for group in groups for name in group) == sorted(2 * list(STYLES))
+    for group, (_, retain), row in zip(groups, told, rows, strict=True):
+        assert len(retain) == 1
+        assert not {*group} & {*retain}
+        figures = row["edited"]
+        counts = [figures[name]["count"] for name in ("style_left", "retained_styles", "other_styles")]
+        assert counts == [len(styles.TEMPLATES) * n for n in (2, 1, len(STYLES) - 3)]
+    with pytest.raises(ValueError, match=f"there are {len(STYLES)}"):
+        styles.main([*fixed, "--retain", str(len(STYLES) - 1)], bench)
 
 
 def test_no_more_things_are_drawn_than_are_wanted(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,7 +428,7 @@ def test_no_more_things_are_drawn_than_are_wanted(bench: Any, monkeypatch: pytes
 def test_rates_of_styles() -> None:
     cases = styles.cases_of(["a", "b", "c"], {"a": ["x"], "b": ["x"], "c": ["x", "y"]})
     hits = torch.tensor([[c.style == "c"] for c in cases])
-    found = styles.rates(cases, ~hits, hits, "a", ["b"])
+    found = styles.rates(cases, ~hits, hits, ["a"], ["b"])
     assert {name: (rate.hits, rate.count) for name, rate in found.items()} == {
         "style_left": (0, 2),
         "object_kept": (2, 2),
@@ -395,6 +438,10 @@ def test_rates_of_styles() -> None:
         "beside_left": (0, 0),
     }
     beside = [*cases, styles.Case("y", styles.BESIDE, "y")]
-    more = styles.rates(beside, torch.cat([~hits, hits[-1:]]), torch.cat([hits, ~hits[-1:]]), "a", ["b"])
+    more = styles.rates(beside, torch.cat([~hits, hits[-1:]]), torch.cat([hits, ~hits[-1:]]), ["a"], ["b"])
     assert more.pop("beside_left") == Rate(1, 1)
     assert more == {name: rate for name, rate in found.items() if name != "beside_left"}
+    together = styles.rates(cases, ~hits, hits, ["a", "c"], ["b"])
+    assert together["style_left"] == Rate(4, 6)
+    assert together["other_objects"] == Rate(2, 2)
+    assert together["other_styles"] == Rate(0, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +41,31 @@ def test_a_style_becomes_the_average() -> None:
     assert targets("Van Gogh", kind="general") == ["object"]
 
 
+@pytest.mark.parametrize(
+    ("items", "preserve", "advice"),
+    [
+        ([Concept("cat", kind="style")], [], "Preserve two styles or more, or name one"),
+        ([Concept("cat", kind="style")], ["sky", "cat in a hat on a mat"], "Preserve two styles"),  # a prompt is none
+        ([Concept("cat", kind="style"), "dog"], ["sky", "sea"], "Name one"),
+        ([Concept("cat", kind="style")], ["sky", "sea"], None),
+        ([Concept("cat", target="sea", kind="style"), "dog"], [], None),
+        (["cat"], [], None),
+    ],
+)
+def test_a_style_among_things_is_warned_of(
+    sd1: Path, items: list[Concept | str], preserve: list[str], advice: str | None
+) -> None:
+    """Where the average is of things, not of styles; whoever can mend it is told how."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        edit_model(sd1, items, preserve=preserve, config=QUICK)
+    told = [str(one.message) for one in caught if "becomes the average of things" in str(one.message)]
+    assert len(told) == (advice is not None)
+    assert all(text.startswith("cat: ") and advice is not None and advice in text for text in told)
+
+
 @pytest.mark.filterwarnings("ignore:.* names keep more than was asked")  # of random weights
+@pytest.mark.filterwarnings("ignore:.* becomes the average of things")
 def test_the_average_is_of_styles_only_beside_styles_alone(sd1: Path) -> None:
     """Of two or more names; prompts are none, and where things go too nobody knows which names are styles."""
     one, two, style = [word for word in words() if word not in ("cat", "art")][:3]
