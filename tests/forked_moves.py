@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from forking import child, single_thread, wait
+from forking import child, prepare, wait
 from helpers import tree
 from single_models import erase
 
@@ -55,7 +55,7 @@ def killed(result: Any, old: Path, place: Path, number: int, force: bool) -> dic
 
 
 def main(model: Path, base: Path) -> None:
-    single_thread()
+    prepare()
     result, other = erase(model), erase(model, concept="dog")
     result.save(base / "new" / OUT)
     other.save(base / "old" / OUT)

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from forking import child, single_thread, wait
+from forking import child, prepare, wait
 from helpers import QUICK, tree
 
 from realera_edit import edit_model
@@ -108,7 +108,7 @@ def limited(result: Any, base: Path) -> list[dict[str, Any]]:
 
 
 def main(model: str, base: str) -> None:
-    single_thread()
+    prepare()
     result = edit_model(model, ["cat"], config=QUICK)
     Path(base).mkdir(exist_ok=True)
     result.save(Path(base) / "whole")

@@ -1,7 +1,7 @@
 """Forks that cannot hang, and the processes that make them.
 
 A fork of a process with threads may wait for ever for a lock that one of them held. So the forks are made by scripts
-that are kept at one thread: `run_script` sets the environment before any import, and `single_thread` does the rest.
+that are kept at one thread: `run_script` sets the environment before any import, and `prepare` does the rest.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from realera_edit import RealEraError
 
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 _PATIENCE = 60  # seconds, of work that takes a fraction of one
+_LIMIT = 300  # seconds, for a whole script, of work that takes ten
 
 
 def run_script(name: str, *arguments: Path) -> tuple[Any, str]:
@@ -29,16 +31,28 @@ def run_script(name: str, *arguments: Path) -> tuple[Any, str]:
     here = Path(__file__).parent
     command = [sys.executable, str(here / name), *map(str, arguments)]
     environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": str(here.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "Timeout (" not in done.stderr, done.stderr
-    return json.loads(done.stdout), done.stderr
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
+        try:
+            printed, errors = process.communicate(timeout=_LIMIT)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)  # on which it prints where it stands: see `prepare`
+            printed, errors = process.communicate(timeout=_PATIENCE)
+    assert process.returncode == 0, errors
+    assert "Timeout (" not in errors, errors
+    return json.loads(printed), errors
 
 
-def single_thread() -> None:
-    """What of the libraries would start a thread and is not set by the environment."""
-    torch.set_num_threads(1)
+def prepare() -> None:
+    """One thread, no wait for the disk, and a traceback for who ends a script that takes too long.
+
+    The scripts sync two thousand times, minutes on a busy disk; and what a killed process has written is there for
+    the others whether it was synced or not.
+    """
+    faulthandler.enable()
+    torch.set_num_threads(1)  # as the environment does not reach all that would start one
     tqdm.tqdm.monitor_interval = 0
+    os.fsync = lambda _: None
 
 
 def child(work: Callable[[], object]) -> int:
