@@ -42,7 +42,7 @@ def config_options(command: F) -> F:
         if spec.name == "contexts":
             option = click.option("--context", "contexts", multiple=True, help=spec.metadata["help"])
         elif isinstance(spec.default, bool):
-            option = click.option(f"{flag}/--no-{spec.name}", spec.name, **meta)
+            option = click.option(f"{flag}/--no-{flag.removeprefix('--')}", spec.name, **meta)
         elif spec.metadata["choices"]:
             option = click.option(flag, spec.name, type=click.Choice(spec.metadata["choices"]), **meta)
         else:
@@ -82,7 +82,8 @@ def cli() -> None:
 @click.option(
     "--to",
     "target",
-    help="What the concepts become.  [default: by kind; styles: the average of the preserved ones, if two are]",
+    help="What the concepts become.  [default: by kind; for things from 25 names on an average thing, for styles "
+    "the average of the preserved ones, if two are, else of things]",
 )
 @click.option("--alias", "aliases", multiple=True, help="Another name of the one concept given; repeatable.")
 @click.option(

@@ -48,7 +48,7 @@ def _model_options(command: F) -> F:
 @click.command(cls=Command)
 @click.argument("edit", type=FILE)
 @click.argument("model")
-@click.option("--output", "-o", "out", required=True, type=FILE, help="Folder to write.")
+@click.option("--output", "-o", "out", required=True, type=FILE, help="Folder or .safetensors file to write.")
 @_model_options
 @click.option("--link", is_flag=True, help="Hard-link the unedited weights in place of copying them.")
 @click.option("--undo/--no-undo", default=True, show_default=True, help="Keep the original weights for `undo`.")

@@ -56,7 +56,8 @@ class EditConfig:
     strength: float | None = _option(
         None,
         "Share of each concept to remove, 0 to 1; without overshoot 1 - strength is left.  [default: 0.8 up to ten "
-        "names, 0.7 for fifty, 0.65 from a hundred on; without overshoot 0.7, 0.65 and 0.6, and 0.1 less with robust]",
+        "names, 0.7 for fifty, 0.65 from a hundred on; without overshoot 0.8 for one name, 0.7 for ten, 0.65 and 0.6; "
+        "with robust 0.1 less than those]",
         0.0,
         0.9999,
     )
