@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .statistics import Pairs
+from .statistics import Pairs, group_sums
 
 # Greatest product of a group's weight and its leverage.
 MAX_PULL = 1e6
@@ -78,8 +78,7 @@ def shares(pairs: Pairs, moved: Tensor) -> Tensor:
 def _sums(pairs: Pairs, left: Tensor, right: Tensor) -> Tensor:
     """sum w l . r over the own rows of each group [groups], for `left`, `right` [m, d]."""
     weight = torch.where(pairs.extra, 0, pairs.weight).to(torch.float64)
-    total = torch.zeros(pairs.groups, dtype=torch.float64, device=left.device)
-    return total.index_add_(0, pairs.group, weight * torch.einsum("ij,ij->i", left, right))
+    return group_sums(weight * torch.einsum("ij,ij->i", left, right), pairs.group, pairs.groups)
 
 
 def joint_weights(pairs: Pairs, projected: Tensor, kept: Tensor, alone: Tensor, wanted: Tensor) -> Tensor:
@@ -111,5 +110,4 @@ def joint_weights(pairs: Pairs, projected: Tensor, kept: Tensor, alone: Tensor, 
 def common_shares(share: Tensor, residual: Tensor) -> Tensor:
     """The mean share of the groups of one wanted residual, for each of them [groups]."""
     kinds, place = torch.unique(residual, return_inverse=True)
-    total = share.new_zeros(len(kinds)).index_add_(0, place, share)
-    return (total / torch.bincount(place, minlength=len(kinds)))[place]
+    return (group_sums(share, place, len(kinds)) / torch.bincount(place, minlength=len(kinds)))[place]

@@ -53,7 +53,8 @@ class EditFile:
         recipe = {name: value for name, value in data.items() if name not in other} | {"history": []}
         edit = result.edit
         encoders = tuple(source.print() for source in loaded_encoders(result.source.encoder))
-        return cls(edit.cross.factor, None if edit.pooled is None else edit.pooled.factor, encoders, recipe)
+        cross, pooled = edit.cross.factor.cpu(), None if edit.pooled is None else edit.pooled.factor.cpu()
+        return cls(cross, pooled, encoders, recipe)
 
     @classmethod
     def load(cls, path: str | Path) -> EditFile:

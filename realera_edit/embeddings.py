@@ -21,6 +21,7 @@ from .tensorfile import all_finite
 CPU_PREFIXES = 1024
 GPU_PREFIXES = 8192
 CACHE_LINE = 64
+SINGLE_PRECISION = ("mps",)  # devices without float64, in which all is solved: states from there are the CPU's
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,9 @@ class PromptEncoder:
         """Token ids with start and end token; `EncodingError` for a prompt that is too long or not representable."""
         if not prompts:
             return []
+        for prompt in prompts:
+            if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+                raise EncodingError(f"{_short(prompt)} is not text: half of a surrogate pair; give it as UTF-8")
         rows = [tuple(ids) for ids in _ids(self.pairs[0][0], prompts)]
         for tokenizer, _ in self.pairs[1:]:
             if [tuple(ids) for ids in _ids(tokenizer, prompts)] != rows:
@@ -171,7 +175,10 @@ class PromptEncoder:
                 )
             parts.append(states)
             pooled = top.float() if top is not None else pooled
-        return [torch.cat([part[i] for part in parts], dim=-1).float() for i in range(len(rows))], pooled
+        found = [torch.cat([part[i] for part in parts], dim=-1).float() for i in range(len(rows))]
+        if found[0].device.type in SINGLE_PRECISION:
+            return [states.cpu() for states in found], None if pooled is None else pooled.cpu()
+        return found, pooled
 
     def _masked(self, model: Any, rows: list[tuple[int, ...]], padded: list[tuple[int, ...]]) -> list[torch.Tensor]:
         """As `encode_rows`, for an encoder that does not attend to padding: the model's own forward, with its mask."""

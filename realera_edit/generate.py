@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import inspect
 import json
 import os
 import warnings
@@ -182,6 +183,7 @@ def _pictures(pipe: Any, shots: Sequence[tuple[str, int]], drawing: Drawing) -> 
     options: dict[str, Any] = {name: getattr(drawing, name) for name in ("height", "width") if getattr(drawing, name)}
     if drawing.negative:
         options["negative_prompt"] = [drawing.negative] * len(shots)
+    options |= _pictures_given(pipe, len(shots), drawing)
     images = pipe(
         prompt=[prompt for prompt, _ in shots],
         num_inference_steps=drawing.steps,
@@ -194,6 +196,32 @@ def _pictures(pipe: Any, shots: Sequence[tuple[str, int]], drawing: Drawing) -> 
     if not np.isfinite(found).all():
         raise CheckpointError("the model drew NaN: its weights or its precision are not sound; try --dtype float32")
     return (found * 255).round().clip(0, 255).astype(np.uint8)
+
+
+def _pictures_given(pipe: Any, count: int, drawing: Drawing) -> dict[str, Any]:
+    """What an inpainting pipeline draws `count` whole pictures from: nothing, masked. `CheckpointError` for others that
+    need a picture.
+    """
+    asked = inspect.signature(pipe.__call__).parameters
+    if "image" not in asked:
+        return {}
+    if "mask_image" not in asked:
+        raise CheckpointError(
+            f"{type(pipe).__name__} draws from a picture beside the text; evaluate a text-to-image or inpainting one"
+        )
+    sample = getattr(pipe.unet.config, "sample_size", None) or 64
+    sides = sample if isinstance(sample, (list, tuple)) else (sample, sample)
+    height, width = (
+        given or int(side) * pipe.vae_scale_factor
+        for given, side in zip((drawing.height, drawing.width), sides, strict=True)
+    )
+    return {
+        "image": torch.zeros(count, 3, height, width),
+        "mask_image": torch.ones(count, 1, height, width),
+        "height": height,
+        "width": width,
+        "strength": 1.0,
+    }
 
 
 def drawable(model: Any, revision: str | None = None) -> Any:
@@ -238,6 +266,7 @@ def open_pipeline(
         except Exception as error:  # diffusers raises many kinds for a damaged or foreign folder
             first = (str(error).strip().splitlines() or [""])[0]
             raise CheckpointError(f"{path}: cannot be loaded by diffusers: {first}") from error
+    _pictures_given(pipe, 1, Drawing())
     pipe.set_progress_bar_config(disable=True)
     for module in modules_of(pipe).values():
         module.eval().requires_grad_(False)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .errors import CheckpointError, ConfigError, EncodingError
 from .files import write_atomically
+from .probe import widened
 
 TEMPLATES = ("{}", "a picture of a {}", "a drawing of a {}", "an icon of a {}")
 # Noise levels that are drawn: what a picture shows is decided early, its last details say nothing about a concept.
@@ -190,7 +191,7 @@ def _loss(pipe: Any, states: Tensor, clean: Tensor, alphas: Tensor, generator: t
     t = torch.randint(low, high, (len(clean),), generator=generator).to(clean.device)
     noise = torch.randn(clean.shape, generator=generator).to(clean.device)
     signal, sigma = (a.sqrt()[:, None, None, None] for a in (alphas[t], 1 - alphas[t]))
-    noisy = (signal * clean + sigma * noise).to(pipe.unet.dtype)
+    noisy = widened((signal * clean + sigma * noise).to(pipe.unet.dtype), int(pipe.unet.config.in_channels))
     kind = pipe.scheduler.config.prediction_type
     wanted = {"epsilon": noise, "v_prediction": signal * noise - sigma * clean, "sample": clean}.get(kind)
     if wanted is None:

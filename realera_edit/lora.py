@@ -1,6 +1,7 @@
 """An edit as a LoRA of one checkpoint: dW = W (M - I) of each projection, in the layouts that pipelines and UIs read.
 
-`diffusers`: `unet.<path>.lora_A.weight` (down) and `lora_B.weight` (up), as `pipe.load_lora_weights` reads them.
+`diffusers`: `unet.<path>.lora_A.weight` (down) and `lora_B.weight` (up), as `pipe.load_lora_weights` reads them; all of
+one rank, with zeros where a layer has less, since older diffusers scale a layer by another one's rank over its own.
 `kohya`: `lora_unet_<path>.lora_down.weight`, `.lora_up.weight`, `.alpha`, for A1111, Forge and ComfyUI; the path is
 diffusers' own for Stable Diffusion 1.x and 2.x, and the original U-Net's for XL, as kohya's trainer writes them.
 `full`: `lora_unet_<path>.diff`, the whole dW, for UIs that read it (A1111, ComfyUI).
@@ -134,6 +135,7 @@ def export_lora(
         warnings.warn(f"{source.where}: a LoRA reaches the U-Net alone, not {', '.join(others)}", RealEraWarning, 2)
     plan = _Plan(file, layout, format, rank, energy, dtype)
     wanted = [(p, files[p.name]) for p in selected(unet.projections, file.config.edit, file.config.pooled)]
+    plan.level(wanted)
     most = {name: row for projection, where in wanted for name, row in plan.most(projection, where).items()}
     recipe = _recipe(file, format, source)
 
@@ -174,6 +176,13 @@ class _Plan:
         dense = any(factor.right is None for factor in self.factors.values())
         self.truncates = format != "full" and (dense or energy is not None)
         self.layers: list[Layer] = []
+        self.common: int | None = None
+
+    def level(self, wanted: Iterable[tuple[Projection, TensorFile]]) -> None:
+        """Find the one rank of the diffusers format: the most that any layer needs."""
+        if self.format == "diffusers":
+            splits = (self.split(self.product(*row), self.factor(row[0].role)) for row in wanted)
+            self.common = max(up.shape[1] for up, _ in splits)
 
     def factor(self, role: str) -> Factor:
         return self.factors["pooled" if role == "pooled" else "cross"]
@@ -181,7 +190,7 @@ class _Plan:
     def most(self, projection: Projection, file: TensorFile) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name -> (dtype, the largest shape) of one layer's tensors."""
         factor, (rows, columns) = self.factor(projection.role), file.entries[projection.name].shape
-        rank = min(rows, factor.width, factor.rank, self.rank or factor.rank)
+        rank = self.common or min(rows, factor.width, factor.rank, self.rank or factor.rank)
         shapes = {"diff": (rows, columns), "alpha": (), "down": (rank, columns), "up": (rows, rank)}
         return {key: (_NAMES[self.dtype], shapes[part]) for part, key in self.names(projection.name).items()}
 
@@ -194,25 +203,34 @@ class _Plan:
             return {"down": f"{key}.lora_A.weight", "up": f"{key}.lora_B.weight"}
         return {"alpha": f"{key}.alpha", "down": f"{key}.lora_down.weight", "up": f"{key}.lora_up.weight"}
 
+    def product(self, projection: Projection, file: TensorFile) -> Tensor:
+        """W left of a layer, float64: dW over its text columns, but for the factor's right side."""
+        factor = self.factor(projection.role)
+        return file.read(projection.name)[:, : factor.width].to(torch.float64) @ factor.left
+
+    def split(self, product: Tensor, factor: Factor) -> tuple[Tensor, Tensor]:
+        """(up, down) of a layer over its text columns, float64, of the rank that is kept."""
+        default = DENSE_ENERGY if self.rank is None and factor.right is None else None
+        up, down = truncated(product, self.rank, default if self.energy is None else self.energy)
+        return up, down if factor.right is None else down @ factor.right
+
     def layer(self, projection: Projection, file: TensorFile) -> list[tuple[str, Tensor]]:
         """The tensors of one layer, by key."""
         name, factor = projection.name, self.factor(projection.role)
-        path, weight = self.layout.paths[name], file.read(name)
-        product = weight[:, : factor.width].to(torch.float64) @ factor.left
+        path, product = self.layout.paths[name], self.product(projection, file)
         change = product if factor.right is None else product @ factor.right
         # of the pooled path, the other columns are size ids
-        beyond = weight.shape[1] - factor.width
+        beyond = file.entries[name].shape[1] - factor.width
         if self.format == "full":
             stored = self.cast(change, path)
             parts, rank, error = {"diff": _wider(stored, beyond)}, min(factor.rank, *change.shape), stored - change
         else:
-            default = DENSE_ENERGY if self.rank is None and factor.right is None else None
-            up, down = truncated(product, self.rank, default if self.energy is None else self.energy)
-            down = down if factor.right is None else down @ factor.right
+            up, down = self.split(product, factor)
             rank = up.shape[1]
             # kohya's readers multiply by alpha / rank. One alpha for all: diffusers mixes up different ones
             factor_up = 1.0 if self.format == "diffusers" else rank / ALPHA
-            up, down = self.cast(up * factor_up, path), self.cast(down, path)
+            more = 0 if self.common is None else self.common - rank
+            up, down = self.cast(_wider(up * factor_up, more), path), self.cast(_longer(down, more), path)
             parts = {"alpha": torch.tensor(ALPHA, dtype=self.dtype), "down": _wider(down, beyond), "up": up}
             error = (up.double() / factor_up) @ down.double() - change
         self.layers.append(Layer(path, rank, float(error.norm() / change.norm().clamp_min(1e-300))))
@@ -241,6 +259,11 @@ class _Plan:
 def _wider(tensor: Tensor, columns: int) -> Tensor:
     """With so many columns of zeros behind its own."""
     return torch.cat([tensor, tensor.new_zeros(len(tensor), columns)], dim=1) if columns else tensor
+
+
+def _longer(tensor: Tensor, rows: int) -> Tensor:
+    """With so many rows of zeros below its own."""
+    return torch.cat([tensor, tensor.new_zeros(rows, tensor.shape[1])]) if rows else tensor
 
 
 def _recipe(file: EditFile, format: str, source: Checkpoint) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from .contexts import CONTEXTS, Filled, Span, align, fill
 from .embeddings import Encoded, PromptEncoder
 from .errors import ConceptError
 from .neighbours import covariance_rows
-from .statistics import Pairs
+from .statistics import Pairs, group_sums
 from .targets import AVERAGE, average_targets, average_words
 from .vocabulary import Neighbourhood
 
@@ -134,8 +134,7 @@ def _pairs(x: Tensor, y: Tensor, group: Tensor) -> Pairs:
 
 
 def _check_moved(pairs: Pairs, groups: Sequence[Group], concepts: Sequence[Concept]) -> None:
-    gap = torch.zeros(len(groups), device=pairs.x.device)
-    gap.index_add_(0, pairs.group, (pairs.y - pairs.x).norm(dim=1) / pairs.x.norm(dim=1))
+    gap = group_sums((pairs.y - pairs.x).norm(dim=1) / pairs.x.norm(dim=1), pairs.group, len(groups))
     for number in (gap < 1e-4).nonzero().flatten().tolist():
         group = groups[number]
         raise ConceptError(

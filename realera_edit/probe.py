@@ -78,11 +78,7 @@ class Probe:
         height, width = sample if isinstance(sample, (list, tuple)) else (sample, sample)
         shape = (1, int(config.out_channels), int(height), int(width))
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        if more := int(config.in_channels) - noise.shape[1]:
-            extra = noise.new_zeros(1, more, *shape[2:])
-            extra[:, 0] = float(int(config.in_channels) == INPAINTING)  # its mask: all is to be drawn
-            noise = torch.cat([noise, extra], 1)
-        return noise
+        return widened(noise, int(config.in_channels))
 
     def _outputs(self, encoder: PromptEncoder, prompts: Sequence[str], noise: Tensor) -> Tensor:
         """U-Net outputs [prompts, elements], float32 on the CPU."""
@@ -103,6 +99,18 @@ class Probe:
         output = self.unet(latents, step, encoder_hidden_states=states, return_dict=False, **more)[0]
         flat: Tensor = output.flatten(1).to("cpu", torch.float32)
         return flat
+
+
+def widened(latents: Tensor, channels: int) -> Tensor:
+    """Latents [n, c, height, width] and what else a U-Net of so many input channels reads beside them.
+
+    Of an inpainting model a mask by which all is to be drawn; pictures are of nothing.
+    """
+    if not (more := channels - latents.shape[1]):
+        return latents
+    extra = latents.new_zeros(len(latents), more, *latents.shape[2:])
+    extra[:, 0] = float(channels == INPAINTING)
+    return torch.cat([latents, extra], 1)
 
 
 def _time_ids(config: Any, pooled: int, height: float, width: float) -> list[float]:

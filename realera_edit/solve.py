@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .calibration import common_shares, group_weights, joint_weights
 from .errors import RealEraWarning, SolveError
-from .statistics import Keep, Moments, Pairs, constraint_basis, project_out, project_out_both, second_moment
+from .statistics import Keep, Moments, Pairs, constraint_basis, group_sums, project_out, project_out_both, second_moment
 
 # Beyond this condition number float64 leaves fewer than four correct digits.
 MAX_CONDITION = 1e12
@@ -39,6 +39,10 @@ class Factor:
     def rank(self) -> int:
         """Columns that the low-rank form carries; the full width for the dense form."""
         return self.width if self.right is None else int(self.right.shape[0])
+
+    def cpu(self) -> Factor:
+        """The same in the CPU's memory."""
+        return Factor(self.left.cpu(), None if self.right is None else self.right.cpu())
 
     def delta(self) -> Tensor:
         """M - I as a dense [d, d] matrix."""
@@ -211,10 +215,9 @@ def residuals(factor: Factor, pairs: Pairs) -> Tensor:
     """What is left of each group [groups]: sqrt(sum w |M x - y|^2 / sum w |x - y|^2) over its own rows."""
     own = ~pairs.extra
     x, y, w = (t[own].to(torch.float64) for t in (pairs.x, pairs.y, pairs.weight))
-    left = torch.zeros(pairs.groups, dtype=torch.float64, device=x.device)
-    before = torch.zeros_like(left)
-    left.index_add_(0, pairs.group[own], w * (factor.map(x) - y).square().sum(1))
-    before.index_add_(0, pairs.group[own], w * (x - y).square().sum(1))
+    left, before = (
+        group_sums(w * (states - y).square().sum(1), pairs.group[own], pairs.groups) for states in (factor.map(x), x)
+    )
     return (left / before.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
 
 

@@ -77,6 +77,12 @@ class Moments:
         self.b.diagonal().add_(beta)
 
 
+def group_sums(values: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Sums [groups] of `values` [m] by their `group` [m]: on the CPU, since a GPU adds in any order, to other bits."""
+    total = torch.zeros(groups, dtype=values.dtype)
+    return total.index_add_(0, group.cpu(), values.cpu()).to(values.device)
+
+
 def second_moment(rows: Tensor, weight: Tensor | None = None) -> Tensor:
     """sum_j w_j r_j r_j^T in float64 [d, d] for `rows` [n, d], `weight` [n] (None: ones)."""
     rows = rows.to(torch.float64)

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = "meta"
 # As on a GPU, places may be given by indices of the CPU; and whatever goes from one device to the other.
+UNORDERED = ("index_add", "index_add_", "scatter_add", "scatter_add_", "cumsum")  # a GPU adds in any order: other bits
 MIXED = ("index", "index_put", "index_put_", "_index_put_impl_", "copy_", "_to_copy", "set_")
 
 
@@ -60,19 +61,24 @@ class _Values(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-class Elsewhere(TorchDispatchMode):
-    """Within it, `DEVICE` is a device like any other."""
+_refused: set[torch.dtype] = set()
 
-    def __init__(self) -> None:
+
+class Elsewhere(TorchDispatchMode):
+    """Within it, `DEVICE` is a device like any other; one that knows no dtype of `without`."""
+
+    def __init__(self, *without: torch.dtype) -> None:
         super().__init__()
-        self.values = _Values()
+        self.values, self.without = _Values(), without
 
     def __enter__(self) -> Elsewhere:
+        _refused.update(self.without)
         self.values.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        _refused.clear()
         self.values.__exit__(*error)
 
     def __torch_dispatch__(
@@ -88,6 +94,8 @@ def _call(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     near = [tensor for tensor in tensors if not isinstance(tensor, Distant) and tensor.dim()]
     if distant and near and name not in MIXED:
         raise RuntimeError(f"tensors of two devices meet in {function}")
+    if name in UNORDERED and any(tensor.is_floating_point() for tensor in distant):
+        raise RuntimeError(f"{function} gives other bits each time")
     away = bool(distant) and not (name == "copy_" and near and near[0] is args[0])
     if kwargs.get("device") is not None:
         away = torch.device(kwargs["device"]).type == DEVICE
@@ -96,6 +104,8 @@ def _call(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     found = function(*inner_args, **inner_kwargs)
     if not away:
         return found
+    if strange := _refused & {leaf.dtype for leaf in tree_leaves(found) if isinstance(leaf, torch.Tensor)}:
+        raise TypeError(f"{function}: there is no {strange.pop()} there")
     known = {id(tensor.inner): tensor for tensor in distant}  # what is changed in place stays the same tensor
     return tree_map(lambda x: _again(x, known) if isinstance(x, torch.Tensor) else x, found)
 

@@ -17,7 +17,17 @@ from elsewhere import DEVICE, Elsewhere
 from helpers import DENSE, QUICK, UNET, made
 from safetensors.torch import load_file
 
-from realera_edit import Concept, EditConfig, apply_edit, attack_model, edit_model, pipeline, wrap_text_encoder
+from realera_edit import (
+    Concept,
+    EditConfig,
+    EditFile,
+    apply_edit,
+    attack_model,
+    edit_model,
+    embeddings,
+    pipeline,
+    wrap_text_encoder,
+)
 
 CONFIGS = {
     "low-rank": QUICK,
@@ -45,6 +55,10 @@ def test_the_stand_in_refuses_what_a_device_refuses() -> None:
         assert torch.equal(here, torch.ones(3, 3))
         here.copy_(there)
         assert float(here.sum()) == 18
+        with pytest.raises(RuntimeError, match="other bits"):
+            there.index_add(0, torch.tensor([0]).to(DEVICE), there[:1])
+    with Elsewhere(torch.float64), pytest.raises(TypeError, match=r"no torch\.float64 there"):
+        torch.ones(3).to(DEVICE).double()
 
 
 @pytest.mark.filterwarnings(IGNORED)
@@ -59,6 +73,7 @@ def test_a_folder_edited_there_is_the_same_to_the_bit(
     with Elsewhere():
         result = edit_model(model, concepts, preserve=kept, config=config, device=DEVICE)
         assert result.edit.cross.factor.left.device.type == DEVICE
+        assert EditFile.of(result).cross.left.device.type == "cpu"
         assert result.geometry(weighted=True).names
         result.save_edit(tmp_path / "edit.safetensors")
         result.save(tmp_path / "there")
@@ -66,6 +81,20 @@ def test_a_folder_edited_there_is_the_same_to_the_bit(
     assert torch.equal(again.edit.cross.factor.delta().cpu(), result.edit.cross.factor.delta().cpu())
     here, there = (load_file(tmp_path / name / UNET) for name in ("cpu", "there"))
     assert all(torch.equal(weight, there[name]) for name, weight in here.items())
+
+
+@pytest.mark.filterwarnings(IGNORED)
+def test_a_device_without_float64_leaves_the_solve_to_the_cpu(
+    family: str, pristine: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, config = pristine(family), replace(QUICK, robust=1)  # type: ignore[operator]
+    here = edit_model(model, ["cat", "monet"], config=config, device="cpu").edit
+    monkeypatch.setenv("REALERA_EDIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(embeddings, "SINGLE_PRECISION", (DEVICE,))
+    with Elsewhere(torch.float64):
+        there = edit_model(model, ["cat", "monet"], config=config, device=DEVICE).edit
+    assert torch.equal(there.cross.factor.delta(), here.cross.factor.delta())
+    assert torch.equal(there.residual, here.residual)
 
 
 @pytest.fixture

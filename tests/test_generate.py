@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, UNet2DConditionModel
 from helpers import tree
+from PIL import Image
 
 from realera_edit import generate
 from realera_edit.errors import CheckpointError, ConfigError
@@ -186,6 +188,47 @@ def test_sdxl(pristine: Any, tmp_path: Path) -> None:
     folder = PictureFolder(tmp_path / "xl", fingerprint(pipe), QUICK)
     draw(pipe, folder, SHOTS[:2])
     assert apart(*folder.load(SHOTS[:2])) > 0
+
+
+def inpainting(pipe: Any) -> Any:
+    """The same networks, but for a U-Net that reads a mask and a masked picture beside the latent."""
+    torch.manual_seed(3)
+    unet = UNet2DConditionModel.from_config({**pipe.unet.config, "in_channels": 9})
+    parts = {**pipe.components, "unet": unet, "safety_checker": None}
+    return StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+
+
+def test_an_inpainting_model_draws_whole_pictures(pipe: Any, tmp_path: Path) -> None:
+    inpainting(pipe).save_pretrained(tmp_path / "model")
+    paint = open_pipeline(tmp_path / "model")
+    folder = PictureFolder(tmp_path / "pictures", fingerprint(paint), QUICK)
+    assert draw(paint, folder, SHOTS, batch=4) == 6
+    [picture] = folder.load(SHOTS[1:2])
+    side = len(picture)
+    alone = paint(
+        SHOTS[1][0],
+        image=Image.new("RGB", (side, side), "white"),
+        mask_image=Image.new("L", (side, side), 255),
+        height=side,
+        width=side,
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(SHOTS[1][1]),
+        output_type="np",
+    ).images[0]
+    assert apart(picture, (alone * 255).round().astype(np.uint8)) <= 1
+    assert len({picture.tobytes() for picture in folder.load(SHOTS)}) == 6
+
+
+def test_a_pipeline_that_needs_a_picture_is_refused(pipe: Any, folder: PictureFolder, tmp_path: Path) -> None:
+    from_picture = StableDiffusionImg2ImgPipeline(
+        **{**pipe.components, "safety_checker": None}, requires_safety_checker=False
+    )
+    from_picture.save_pretrained(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="Img2ImgPipeline draws from a picture beside the text"):
+        open_pipeline(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="draws from a picture beside the text"):
+        draw(from_picture, folder, SHOTS)
 
 
 @pytest.mark.slow

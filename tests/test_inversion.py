@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from realera_edit.errors import CheckpointError, ConfigError, EncodingError
 from realera_edit.inversion import invert, start_token, word
@@ -49,6 +50,14 @@ def test_a_word_is_learned_and_the_pipeline_stays(pipe: Any, pictures: torch.Ten
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert pipe.unet.training
     assert all(p.requires_grad for p in pipe.unet.parameters())
+
+
+def test_an_inpainting_model_learns_a_word_too(pipe: Any, pictures: torch.Tensor) -> None:
+    pipe.unet = UNet2DConditionModel.from_config({**pipe.unet.config, "in_channels": 9})
+    found = invert(pipe, pictures, start=START, steps=2, rate=0.05, batch=2)
+    assert all(map(math.isfinite, found.losses))
+    old = pipe.text_encoder.get_input_embeddings().weight[start_token(pipe, START)]
+    assert not torch.equal(found.vector, old)
 
 
 def test_the_word_is_what_diffusers_loads(pipe: Any, pictures: torch.Tensor, tmp_path: Path) -> None:

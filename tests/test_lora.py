@@ -74,6 +74,25 @@ def test_loaded_at_scale_one_it_is_the_edit_and_below_a_dial(
     assert len({layer.rank for layer in report.layers}) > 1  # narrow layers have less, and are still scaled right
 
 
+def test_older_diffusers_give_every_layer_its_scale(sd1: Path, sdxl: Path, tmp_path: Path) -> None:
+    """Up to 2026 they took the first layer's rank for the alpha of all, and scaled the others by the two."""
+    for model, config in ((sd1, QUICK), (sdxl, QUICK), (sd1, DENSE)):
+        edit = EditFile.of(edit_model(model, ["cat"], config=config))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RealEraWarning)
+            report = export_lora(edit, model, tmp_path / "lora", force=True)
+        stored = load_file(tmp_path / "lora")
+        ranks = {tensor.shape["lora_B" in name] for name, tensor in stored.items()}
+        kept = {layer.rank for layer in report.layers}
+        assert ranks == {max(kept)}
+        assert len(kept) > 1
+        for layer in report.layers:
+            up, down = (stored[f"unet.{layer.name}.lora_{side}.weight"] for side in "BA")
+            assert not up[:, layer.rank :].any()
+            assert not down[layer.rank :].any()
+            assert up[:, layer.rank - 1].any()
+
+
 @pytest.mark.parametrize("shape", single_models.SHAPES)
 @pytest.mark.parametrize("format", ["diffusers", "kohya", "full"])
 def test_of_a_single_file_it_is_that_of_its_folder(
@@ -221,7 +240,7 @@ def test_a_truncation_tells_what_each_layer_lost(sd1: Path, tmp_path: Path) -> N
             lost = float((up @ down - change).norm() / change.norm())
             assert layer.lost == pytest.approx(lost, rel=1e-6)
             assert lost == pytest.approx(float(values[layer.rank :].norm() / values.norm()), rel=1e-5)  # the optimum
-            assert layer.rank == down.shape[0]
+            assert layer.rank == int(down.any(1).sum()) == int(up.any(0).sum())
             if "rank" in options:
                 assert layer.rank == 4
             else:
