@@ -9,8 +9,8 @@ import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .checkpoint import UNDO_FILE
 from .evaluation_file import Part
+from .folder import UNDO_FILE
 from .hub import hub_id
 from .recipe import recipe_of
 

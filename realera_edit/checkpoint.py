@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import re
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,21 +12,13 @@ from typing import Any
 import torch
 
 from .embeddings import CACHE_LINE, PromptEncoder
-from .errors import CheckpointError, RealEraWarning
+from .errors import CheckpointError
+from .folder import PICKLES, chosen_weights, read_json, weight_sets
 from .projections import Projection, text_projections
 from .tensorfile import TensorFile, open_tensors
+from .unedited import unedited_copies
 
 ENCODER_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
-UNDO_FILE = "realera_edit_undo.safetensors"
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-FOREIGN_WEIGHTS = (*PICKLES, ".msgpack", ".onnx", ".onnx_data", ".h5")
-_CONVERT = (
-    'python -c "from diffusers import DiffusionPipeline as P; '
-    "P.from_pretrained('{path}', use_safetensors=False).save_pretrained('{path}-safetensors')\""
-)
-_WEIGHTS = re.compile(
-    r"^(?P<stem>model|diffusion_pytorch_model)(\.(?P<variant>[\w-]+?))?(?P<shard>-\d{5}-of-\d{5})?\.safetensors$"
-)
 
 
 @dataclass(frozen=True)
@@ -47,12 +36,16 @@ class Denoiser:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A diffusers folder, opened: its place, its text encoders, its denoisers, and files that must not be copied."""
+    """A diffusers folder, opened: its place, its text encoders, its denoisers, and files that must not be copied.
+
+    `variant`: of the weights that were asked for, None for the plain ones.
+    """
 
     root: Path
     encoder: PromptEncoder
     denoisers: tuple[Denoiser, ...]
     dropped: tuple[Path, ...]
+    variant: str | None = None
 
     @property
     def where(self) -> str:
@@ -61,57 +54,6 @@ class Checkpoint:
     @property
     def projections(self) -> tuple[Projection, ...]:
         return tuple(p for denoiser in self.denoisers for p in denoiser.projections)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or `CheckpointError`."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; is {path.parent} a diffusers folder?") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    return data
-
-
-def weight_sets(folder: Path) -> dict[str | None, tuple[Path, ...]]:
-    """variant (None: the plain one) -> all its safetensors files, shards listed by their index."""
-    sets: dict[str | None, tuple[Path, ...]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        match = _WEIGHTS.match(path.name)
-        if match and not match["shard"]:
-            sets[match["variant"]] = (*sets.get(match["variant"], ()), path)
-    for path in sorted(folder.glob("*.safetensors.index*.json")):
-        variant = path.name.partition(".safetensors.index")[2].removesuffix("json").strip(".") or None
-        names = read_json(path).get("weight_map")
-        if not isinstance(names, dict):
-            raise CheckpointError(f"{path}: has no weight_map; take a sound copy")
-        shards = sorted(set(map(str, names.values())))
-        for name in shards:
-            if Path(name).name != name or not name.endswith(".safetensors"):
-                raise CheckpointError(f"{path}: points to {name!r}, which is not a weight file in its own folder")
-        # beside a whole file of the same variant, too: whichever of the two is loaded, it must be the edited one
-        sets[variant] = (*sets.get(variant, ()), *(folder / name for name in shards))
-    if not sets:
-        pickles = [path.name for path in folder.glob("*") if path.suffix in PICKLES]
-        if pickles:
-            raise CheckpointError(
-                f"{folder}: only pickled weights ({pickles[0]}), which can run code when loaded and are never opened. "
-                f"If you trust the file, convert it: {_CONVERT.format(path=folder.parent)}"
-            )
-        raise CheckpointError(f"{folder}: no .safetensors weights; is the download complete?")
-    return sets
-
-
-def chosen_weights(folder: Path, variant: str | None) -> tuple[str | None, tuple[Path, ...]]:
-    """(variant, files) of the weights to read: those of `variant` if there are any, else the plain ones."""
-    sets = weight_sets(folder)
-    if variant is not None and variant not in sets and None not in sets:
-        raise CheckpointError(f"{folder}: no variant {variant!r}; it has {', '.join(str(v) for v in sets)}")
-    pick = variant if variant in sets else None if None in sets else next(iter(sets))
-    return pick, sets[pick]
 
 
 def open_checkpoint(
@@ -157,7 +99,8 @@ def open_checkpoint(
             f"{root}: no U-Net (unet/config.json with cross_attention_dim) among {', '.join(others)}; Stable Diffusion "
             "1.x, 2.x and XL are supported"
         )
-    return Checkpoint(root, encoder, tuple(denoisers), _unedited_copies(root, denoisers))
+    edited = {file.path for denoiser in denoisers for file in denoiser.files}
+    return Checkpoint(root, encoder, tuple(denoisers), unedited_copies(root, edited), variant)
 
 
 def encoder_widths(encoder: PromptEncoder) -> tuple[int, int | None]:
@@ -173,31 +116,11 @@ def _open_denoiser(folder: Path, config: Mapping[str, Any], widths: tuple[int, i
         shapes = {name: entry.shape for file in opened for name, entry in file.entries.items()}
         where = f"{folder}" if variant is None else f"{folder} ({variant})"
         projections.append(text_projections(shapes, config, *widths, where))
+        if other := set(projections[0]) ^ set(projections[-1]):
+            name = min(projection.name for projection in other)
+            raise CheckpointError(f"{folder}: its variants have different layers ({name}); take a sound copy of each")
         files += opened
     return Denoiser(folder.name, config, tuple(files), projections[0])
-
-
-def _unedited_copies(root: Path, denoisers: list[Denoiser]) -> tuple[Path, ...]:
-    """Files that hold the same model unedited, in another format: copied along they would keep the concept."""
-    found = [path for path in root.iterdir() if path.suffix in (*FOREIGN_WEIGHTS, ".safetensors") and path.is_file()]
-    found = [path for path in found if path.name != UNDO_FILE]  # of an earlier edit, and never copied
-    for denoiser in denoisers:
-        folder = root / denoiser.name
-        edited = {file.path for file in denoiser.files}
-        found += [
-            path
-            for path in folder.iterdir()
-            if path.suffix in (*FOREIGN_WEIGHTS, ".safetensors") and path not in edited
-        ]
-    if found:
-        names = ", ".join(str(path.relative_to(root)) for path in found[:4])
-        warnings.warn(
-            f"{root}: left out of the output, since they hold the model unedited: {names}"
-            + (" ..." if len(found) > 4 else ""),
-            RealEraWarning,
-            stacklevel=3,
-        )
-    return tuple(found)
 
 
 def encoder_parts(root: Path, index: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -295,17 +218,3 @@ def place_model(model: Any, device: str) -> Any:
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-
-
-def walk(root: Path) -> Iterator[tuple[Path, Path]]:
-    """(absolute, relative) path of every file below `root`, in a fixed order; hidden hub caches are passed over.
-
-    Linked folders are followed, unless they lead back to one that they are in.
-    """
-    for folder, folders, names in os.walk(root, followlinks=True):
-        here = Path(folder).resolve()
-        inside = (name for name in folders if name not in (".git", ".cache"))
-        folders[:] = sorted(name for name in inside if (here / name).resolve() not in (here, *here.parents))
-        for name in sorted(names):
-            path = Path(folder) / name
-            yield path, path.relative_to(root)

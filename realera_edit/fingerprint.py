@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import ENCODER_CLASSES, chosen_weights, encoder_parts, read_json
+from .checkpoint import ENCODER_CLASSES, encoder_parts
 from .embeddings import PromptEncoder
 from .errors import CheckpointError, ProjectionError, RealEraWarning
 from .file_encoders import config_fields, find_encoders, weight_reader, weight_shapes
 from .files import ahead
+from .folder import chosen_weights, read_json
 from .tensorfile import TensorFile, open_tensors, to_bytes
 
 ROUNDINGS = {"float16": torch.float16, "bfloat16": torch.bfloat16}

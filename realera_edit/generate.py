@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .checkpoint import PICKLES, read_json
 from .errors import CheckpointError, ConfigError
 from .files import write_atomically
+from .folder import PICKLES, read_json
 from .hub import resolve
 from .tensorfile import to_bytes
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, forms
-from .checkpoint import UNDO_FILE, read_json
 from .errors import CheckpointError, RealEraWarning
+from .folder import UNDO_FILE, read_json
 from .tensorfile import TensorFile
 
 RECORD = "realera_edit.json"

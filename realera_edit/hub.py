@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import PICKLES, read_json
 from .errors import CheckpointError
+from .folder import PICKLES, read_json
 from .reference import FOLDER, NAME, reference_model
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")

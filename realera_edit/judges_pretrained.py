@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .checkpoint import load_tokenizer, place_model, read_json
+from .checkpoint import load_tokenizer, place_model
 from .contexts import fill
 from .errors import CheckpointError, ConfigError
+from .folder import read_json
 from .hub import public_name
 from .judges import Verdicts
 

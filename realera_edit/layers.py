@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .checkpoint import Checkpoint, Denoiser
 from .errors import ProjectionError
+from .folder import chosen_weights
 from .projections import Projection, selected
+from .tensorfile import TensorFile
 
 if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
     from .pipeline import LoadedPipeline
 
 
@@ -43,18 +45,30 @@ class Layers:
         return cls(mixed @ factor, mixed, metric, count)
 
 
-def text_weights(source: Checkpoint | LoadedPipeline) -> Iterator[tuple[str, Projection, Tensor]]:
-    """(component, projection, weight [n, d]) of every text projection, before any edit; plain weights if there are any.
+def text_weights(
+    source: Checkpoint | LoadedPipeline, variant: str | None = None
+) -> Iterator[tuple[str, Projection, Tensor]]:
+    """(component, projection, weight [n, d]) of every text projection, before any edit.
 
-    Of a folder one weight at a time is read. Raises `CheckpointError` for a damaged one.
+    Of a folder one weight at a time is read, among those of `variant` (default: what it was opened with) where there
+    are any, else of the plain ones. Raises `CheckpointError` for a damaged one.
     """
-    if hasattr(source, "original_weights"):
+    if not isinstance(source, Checkpoint):
         yield from source.original_weights()
         return
     for denoiser in source.denoisers:
-        places = {name: file for file in reversed(denoiser.files) for name in file.entries}
+        places = _places(source, denoiser, variant or source.variant)
         for projection in denoiser.projections:
             yield denoiser.name, projection, places[projection.name].read(projection.name)
+
+
+def _places(source: Checkpoint, denoiser: Denoiser, variant: str | None) -> dict[str, TensorFile]:
+    """Weight name -> the file that holds it, among those that a pipeline would load; a single file has but one."""
+    files = denoiser.files
+    if source.root.is_dir():
+        _, paths = chosen_weights(source.root / denoiser.name, variant)
+        files = tuple(file for file in files if file.path in paths)
+    return {name: file for file in files for name in file.entries}
 
 
 def metric(source: Checkpoint | LoadedPipeline, edit: str = "kv") -> Tensor:
@@ -76,7 +90,8 @@ def compare(original: Checkpoint | LoadedPipeline, edited: Checkpoint | LoadedPi
 
     One may be a folder and the other a single file. Raises `ProjectionError` where the two have different projections.
     """
-    after = dict(_drawn(edited))
+    variant = original.variant if isinstance(original, Checkpoint) else None
+    after = dict(_drawn(edited, variant))
     sums = [_Sum() for _ in range(3)]
     count = 0
     for place, before in _drawn(original):
@@ -93,10 +108,10 @@ def compare(original: Checkpoint | LoadedPipeline, edited: Checkpoint | LoadedPi
     return Layers(a, b, q, count)
 
 
-def _drawn(source: Checkpoint | LoadedPipeline) -> Iterator[tuple[tuple[str, str], Tensor]]:
+def _drawn(source: Checkpoint | LoadedPipeline, variant: str | None = None) -> Iterator[tuple[tuple[str, str], Tensor]]:
     """Each cross-attention weight that draws, by its component and name in diffusers' layout, whatever its file's."""
     names = getattr(source, "diffusers_names", None)  # of a single file
-    for component, p, weight in text_weights(source):
+    for component, p, weight in text_weights(source, variant):
         place = (component, p.name) if names is None else names.get((component, p.name))
         if p.role != "pooled" and place is not None:
             yield place, weight

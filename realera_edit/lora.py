@@ -22,9 +22,10 @@ from torch import Tensor
 from . import __version__
 from .algebra import orthonormal, truncated
 from .card_text import title
-from .checkpoint import Checkpoint, Denoiser, chosen_weights, read_json
+from .checkpoint import Checkpoint, Denoiser
 from .editfile import EditFile
 from .errors import CheckpointError, ConfigError, RealEraWarning
+from .folder import chosen_weights, read_json
 from .layouts import EMA, unet_prefixes
 from .lora_layout import Layout, original_path, single_layout
 from .modelspec import check_given, kind_of, of_lora, seal

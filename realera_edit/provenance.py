@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, history
-from .checkpoint import UNDO_FILE, Checkpoint
+from .checkpoint import Checkpoint
 from .compute import space_report
 from .errors import CheckpointError
+from .folder import UNDO_FILE
 from .front_matter import CARD, licence
 from .history import header_of, read_record, recipe_in, record_before, record_beside, sidecars, undone_metadata
 from .hub import is_hub_id, public_name

@@ -13,16 +13,16 @@ from typing import Any
 
 from . import __version__
 from .card import model_card, read_card
-from .checkpoint import FOREIGN_WEIGHTS, UNDO_FILE, walk
 from .errors import CheckpointError, HubError, RealEraError, RealEraWarning
+from .folder import UNDO_FILE, chosen_weights, walk
 from .front_matter import CARD, licence_in
 from .history import sidecars
 from .provenance import inspect_path
 from .readme import has_section
 from .tensorfile import open_tensors
+from .unedited import name_some, unedited_weights
 from .writer import digest
 
-_WEIGHTS = (*FOREIGN_WEIGHTS, ".safetensors")
 _TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{8,}")
 _REMEDIES = {
     401: "log in with `hf auth login`",
@@ -191,11 +191,11 @@ def _files(path: Path, data: Mapping[str, Any], with_undo: bool) -> tuple[dict[s
     else:
         beside = sidecars(path) if "tensors" in data else ()
         found = {file.name: file for file in (path, *beside) if file.is_file()}
-    foreign = _foreign(found, data) if path.is_dir() else ()
+    foreign = _foreign(path, found, data) if path.is_dir() else ()
     if foreign:
         warnings.warn(
             f"{path}: left out, since the edit did not write these weights, and they may hold the concepts: "
-            f"{', '.join(foreign[:4])}{' ...' * (len(foreign) > 4)}",
+            f"{name_some([found[name] for name in foreign], path)}",
             RealEraWarning,
             stacklevel=3,
         )
@@ -204,18 +204,16 @@ def _files(path: Path, data: Mapping[str, Any], with_undo: bool) -> tuple[dict[s
     return {name: file for name, file in found.items() if name not in left_out}, left_out
 
 
-def _foreign(found: Mapping[str, Path], data: Mapping[str, Any]) -> tuple[str, ...]:
-    """Weights beside edited ones, or beside all components, that the record does not name."""
-    edited = set(data["tensors"])
-    folders = {name.rpartition("/")[0] for name in edited if "/" in name} | {""}
-    return tuple(
-        name
-        for name, file in found.items()
-        if file.suffix in _WEIGHTS
-        and name.rpartition("/")[0] in folders
-        and name not in edited
-        and not name.endswith(UNDO_FILE)
-    )
+def _foreign(path: Path, found: Mapping[str, Path], data: Mapping[str, Any]) -> tuple[str, ...]:
+    """Weights that may be those of the unedited model, as the record does not name them."""
+    edited = {file for name in data["tensors"] for file in _weight_files(path / name)}
+    unedited = set(unedited_weights(path, edited))
+    return tuple(name for name, file in found.items() if file in unedited and not name.endswith(UNDO_FILE))
+
+
+def _weight_files(place: Path) -> tuple[Path, ...]:
+    """The file that a record names; of a pipeline that was saved, recorded by component, those that a program loads."""
+    return chosen_weights(place, None)[1] if place.is_dir() else (place,)
 
 
 def _check_weights(path: Path, data: Mapping[str, Any]) -> None:
@@ -224,9 +222,7 @@ def _check_weights(path: Path, data: Mapping[str, Any]) -> None:
         if Path(relative).is_absolute() or ".." in Path(relative).parts:
             raise CheckpointError(f"{path}: its record names {relative!r}, which is outside of it; take a sound copy")
         place = path / relative if path.is_dir() else path
-        # a pipeline that was saved is recorded by component
-        files = [open_tensors(file) for file in (sorted(place.glob("*.safetensors")) if place.is_dir() else [place])]
-        places = {key: file for file in files for key in file.entries}
+        places = {key: file for file in map(open_tensors, _weight_files(place)) for key in file.entries}
         for name, hashes in names.items():
             if name not in places or digest(places[name].read(name)) != hashes["after"]:
                 raise CheckpointError(

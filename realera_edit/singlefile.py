@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import PICKLES, Checkpoint, Denoiser, encoder_widths, load_encoder
+from .checkpoint import Checkpoint, Denoiser, encoder_widths, load_encoder
 from .clip_tokenizer import find_tokenizer
 from .embeddings import PromptEncoder
 from .errors import CheckpointError
 from .file_encoders import find_encoders, load_encoders
 from .fingerprint import EncoderSource, file_encoders, stored_encoders
+from .folder import PICKLES
 from .layouts import EMA, MAIN, ema_projections, file_projections, unet_prefixes
 from .lora_layout import single_layout
 from .tensorfile import TensorFile, open_tensors

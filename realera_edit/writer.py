@@ -17,9 +17,9 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoint import walk
 from .errors import CheckpointError, SolveError
 from .files import copy_file
+from .folder import walk
 from .tensorfile import TensorFile, all_finite, to_bytes
 
 if sys.platform != "win32":  # there, folders of killed runs are left for the user
