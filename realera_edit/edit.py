@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -56,6 +57,10 @@ class EditResult:
     progress: bool = False
     prior: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.source, Checkpoint):
+            self.source.tell = WeakMethod(self.to_dict)
+
     def save(
         self,
         out: str | Path,
@@ -72,7 +77,8 @@ class EditResult:
         weights of the edited tensors beside the model, so that `undo_folder` or `undo_file` restores them to the bit:
         delete `realera_edit_undo.safetensors` before you publish. `card` writes what was done into the README.md of a
         folder (`model_card`). `metadata` goes into the header of a single file, beside what it says of itself
-        (`modelspec`). Raises `CheckpointError`, or `ConfigError` for metadata that cannot be written.
+        (`modelspec`). Raises `CheckpointError`, for a loaded pipeline also where the edit was undone or is not the last
+        that its weights carry, or `ConfigError` for metadata that cannot be written.
         """
         out, given = Path(out), metadata or {}
         check_given(given)
@@ -98,12 +104,16 @@ class EditResult:
         return EditFile.of(self).save(path, force=force)
 
     def undo(self) -> None:
-        """Restore a loaded pipeline to the bit. `CheckpointError` for a folder: it was never changed."""
+        """Restore a loaded pipeline to the bit; a second call does nothing.
+
+        Raises `CheckpointError` where another edit was made since (undo that first) or the weights were changed, and
+        for a folder: it was never changed.
+        """
         if isinstance(self.source, Checkpoint):
             raise CheckpointError(
                 f"{self.source.where}: was not changed; for a saved edit call undo_folder(OUT, RESTORED), or undo_file"
             )
-        self.source.restore()
+        self.source.restore(self.tensors)
 
     def report(self) -> str:
         """The edit in a screen of text."""
@@ -125,9 +135,17 @@ class EditResult:
         """The record that is written to `realera_edit.json`."""
         return record(self)
 
-    @cached_property
+    @property
     def previous(self) -> tuple[dict[str, Any], ...]:
-        """Records of the edits that a folder or a single file went through before this one, oldest first."""
+        """Records of the edits that the model went through before this one, oldest first.
+
+        Of a loaded pipeline: those that were made here, in place, and were in force.
+        """
+        return self._stored if isinstance(self.source, Checkpoint) else self.source.earlier(self.tensors)
+
+    @cached_property
+    def _stored(self) -> tuple[dict[str, Any], ...]:
+        """Records of the edits before this one that a folder or a single file holds."""
         if not isinstance(self.source, Checkpoint):
             return ()
         return previous_records(self.source.root, [f for d in self.source.denoisers for f in d.files])
@@ -236,6 +254,8 @@ def edit_model(
     )
     selection = selected(source.projections, config.edit, config.pooled)
     has_pooled = any(p.role == "pooled" for p in selection)
+    if isinstance(source, LoadedPipeline):
+        source.check_editable(selection)
     layers = metric(source, config.edit) if config.robust else None
     edit = compute_edit(source.encoder, wanted, config, preserve, prior, layers)
     source.encoder.release()

@@ -43,7 +43,11 @@ def save_folder(
 
 
 def save_pipeline(result: EditResult, source: LoadedPipeline, out: Path, *, force: bool, card: bool) -> None:
-    """Write the edited pipeline of `source` to the folder `out`; see `EditResult.save`."""
+    """Write the edited pipeline of `source` to the folder `out`; see `EditResult.save`.
+
+    Raises `CheckpointError` where the edit is not the last that its weights carry: the record would be false.
+    """
+    source.check_in_force(result.tensors)
     with staged(out, force=force, needed=source.bytes()) as folder:
         source.pipe.save_pretrained(folder, safe_serialization=True)
         _tell(result, folder, card)

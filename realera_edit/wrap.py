@@ -18,8 +18,10 @@ from torch import Tensor
 
 from .editfile import EditFile
 from .errors import CheckpointError, ConfigError
+from .fingerprint import check_encoders, loaded_encoders
+from .history import PIPELINE
+from .pipeline import fetched, open_encoder
 from .solve import Factor
-from .transfer import open_target
 
 # What `encode_prompt` of a Stable Diffusion 1.x, 2.x or XL pipeline returns, in this order, and the arguments in which
 # a caller gives the same states ready-made.
@@ -111,8 +113,9 @@ def wrap_text_encoder(pipe: Any, edit: EditFile | str | Path, *, force_encoder: 
 
     Wraps `pipe.encode_prompt`, so keys, values and, for SDXL, the pooled path read M x for x: prompt, negative prompt,
     also with `clip_skip`, and states that the caller gives ready-made (`prompt_embeds`), unless this wrapper has
-    returned these very tensors. Raises `ConfigError` for an edit of keys or values alone, which no map of the states
-    expresses; `CheckpointError` for another text encoder (`force_encoder`: only warns) and for what is no pipeline.
+    returned these very tensors. Of the U-Net nothing is read: it may be compiled, quantised or offloaded. Raises
+    `ConfigError` for an edit of keys or values alone, which no map of the states expresses; `CheckpointError` for
+    another text encoder (`force_encoder`: only warns) and for what is no pipeline.
     """
     file = edit if isinstance(edit, EditFile) else EditFile.load(edit)
     if file.config.edit != "kv":
@@ -123,7 +126,13 @@ def wrap_text_encoder(pipe: Any, edit: EditFile | str | Path, *, force_encoder: 
         )
     if isinstance(pipe, (str, Path)):
         raise CheckpointError(f"{pipe}: is a path; load the pipeline first, or use apply_edit for a folder")
-    open_target(file, pipe, force_encoder=force_encoder)
+    _check_encoder(pipe, file, force_encoder)
     if not callable(getattr(pipe, _METHOD, None)):
         raise CheckpointError(f"{type(pipe).__name__} has no {_METHOD} to wrap; use apply_edit")
     return WrappedEncoder(pipe, file)
+
+
+def _check_encoder(pipe: Any, file: EditFile, force: bool) -> None:
+    """`CheckpointError` where the pipeline's text encoder is not the one that `file` was made for."""
+    with fetched(pipe):
+        check_encoders(file.encoders, loaded_encoders(open_encoder(pipe)), PIPELINE, force=force)

@@ -133,6 +133,63 @@ def test_the_pooled_path_is_mapped_by_its_own_factor_or_left_alone(sdxl: Path) -
         assert torch.equal(found[3], plain[3])  # zeros, as SDXL's empty negative prompt is
 
 
+def quantised(unet: torch.nn.Module) -> None:
+    """Every matrix in the form that bitsandbytes gives 4 bits."""
+    for layer in unet.modules():
+        if isinstance(layer, torch.nn.Linear):
+            packed = torch.zeros(layer.weight.numel() // 2, 1, dtype=torch.uint8)
+            layer.weight = torch.nn.Parameter(packed, requires_grad=False)
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "compiled": lambda pipe: setattr(pipe, "unet", torch.compile(pipe.unet)),
+    "compiled encoder": lambda pipe: setattr(pipe, "text_encoder", torch.compile(pipe.text_encoder)),
+    "quantised": lambda pipe: quantised(pipe.unet),
+    "offloaded": lambda pipe: pipe.unet.to("meta"),
+    "fused": lambda pipe: pipe.unet.fuse_qkv_projections(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_weights_of_the_unet_do_not_matter(change: str, model: Path, edit: EditFile) -> None:
+    pipe = load(model)
+    CHANGES[change](pipe)
+    before = [(weight.data_ptr(), weight.dtype, weight.device) for weight in pipe.unet.parameters()]
+    options = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    with torch.no_grad(), wrap_text_encoder(pipe, edit):
+        if change != "compiled encoder":  # to call it would compile it
+            plain = load(model).encode_prompt(PROMPT, **options)[0]
+            assert apart(pipe.encode_prompt(PROMPT, **options)[0], edit.cross.map(plain[0])[None]) < 1e-6
+    assert before == [(weight.data_ptr(), weight.dtype, weight.device) for weight in pipe.unet.parameters()]
+
+
+def offloaded(pipe: Any) -> list[torch.nn.Parameter]:
+    """Offload as `enable_sequential_cpu_offload` does, which asks for a GPU; the weights that are left."""
+    from accelerate import cpu_offload
+
+    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    for part in parts:
+        cpu_offload(part, "cpu", offload_buffers=True)
+    return [weight for part in parts for weight in part.parameters()]
+
+
+def test_encoders_that_are_offloaded_step_by_step_are_compared_all_the_same(model: Path, edit: EditFile) -> None:
+    plain, pipe, other = load(model), load(model), load(model)
+    with torch.no_grad():
+        other.text_encoder.get_input_embeddings().weight.mul_(2)
+    weights = [*offloaded(pipe), *offloaded(other)]
+    wanted = draw(plain)
+    with wrap_text_encoder(plain, edit), wrap_text_encoder(pipe, edit):
+        assert apart(draw(plain), wanted) > 1e-3
+        assert torch.equal(draw(pipe), draw(plain))
+    with pytest.raises(CheckpointError, match="is not the text encoder that the edit was made for"):
+        wrap_text_encoder(other, edit)
+    assert all(weight.is_meta for weight in [*weights, *pipe.text_encoder.parameters()])
+    pipe.text_encoder = load(model).text_encoder.to("meta")
+    with pytest.raises(CheckpointError, match="the weights of text_encoder are offloaded"):
+        wrap_text_encoder(pipe, edit)
+
+
 def test_wrappers_nest_and_come_off_in_the_reverse_order(sd1: Path) -> None:
     one, two = (EditFile.of(edit_model(sd1, [name], config=QUICK)) for name in ("cat", "dog"))
     pipe, edited = load(sd1), load(sd1)
