@@ -47,7 +47,7 @@ def test_every_field_of_the_configuration_is_an_option(spec: Any, asked: list[An
     if spec.name == "contexts":
         words = [word for context in value for word in ("--context", context)]
     elif isinstance(value, bool):
-        words = [flag if value else f"--no-{spec.name}"]
+        words = [flag if value else f"--no-{flag.removeprefix('--')}"]
     else:
         words = [flag, str(value)]
     run("erase", "model", "cat", "-o", "nowhere", *words)
