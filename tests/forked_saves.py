@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import tqdm
 from forking import child, prepare, wait
 from helpers import QUICK, tree
 
@@ -40,6 +41,7 @@ def kills(result: Any, base: Path) -> list[dict[str, Any]]:
     duration = time.perf_counter() - start
     dice = random.Random(0)
     found = []
+    wait(child(lambda: (tqdm.tqdm.get_lock().acquire(), os.kill(os.getpid(), signal.SIGKILL))))  # at the worst moment
     for number in range(KILLS):
         out = base / str(number) / "out"
         process = child(lambda out=out: result.save(out))

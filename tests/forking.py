@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,14 +45,16 @@ def run_script(name: str, *arguments: Path) -> tuple[Any, str]:
 
 
 def prepare() -> None:
-    """One thread, no wait for the disk, and a traceback for who ends a script that takes too long.
+    """One thread, no lock that a killed child can keep, no wait for the disk, and a traceback for a script that hangs.
 
-    The scripts sync two thousand times, minutes on a busy disk; and what a killed process has written is there for
-    the others whether it was synced or not.
+    By default the children share the lock of tqdm's bars with their parent: who was killed while it held the lock made
+    everybody else wait for ever. Of two thousand syncs nothing is lost, as what a killed process has written is there
+    for the others whether it was synced or not.
     """
     faulthandler.enable()
     torch.set_num_threads(1)  # as the environment does not reach all that would start one
     tqdm.tqdm.monitor_interval = 0
+    tqdm.tqdm.set_lock(threading.RLock())
     os.fsync = lambda _: None
 
 
