@@ -161,10 +161,14 @@ def rows_of(bench: Bench, pipe: Any, options: argparse.Namespace, record: Row) -
                 about = {"editor": name, "settings": editor.described(), "target": options.target}
                 about |= {"split": options.split, "judge": options.judge, "draw": draw, "concepts": count}
                 about |= {"erased": erased, "retain": kept}
+                told = kept
+                if options.tell_all:
+                    told = [label for label in bench.qualified(options.split) if label not in erased]
+                    about["told"] = "all"
                 key = key_of(bench, about)
                 if key not in known:
                     concepts = [Concept(label, options.target) for label in erased]
-                    row = {"key": key, **about, **measured(bench, pipe, editor, concepts, kept, options.split)}
+                    row = {"key": key, **about, **measured(bench, pipe, editor, concepts, kept, told, options.split)}
                     with torch.no_grad():
                         for n, p in pipe.unet.named_parameters():
                             if n in originals:
@@ -175,11 +179,20 @@ def rows_of(bench: Bench, pipe: Any, options: argparse.Namespace, record: Row) -
 
 
 def measured(
-    bench: Bench, pipe: Any, editor: Editor, concepts: Sequence[Concept], kept: Sequence[str], split: Split
+    bench: Bench,
+    pipe: Any,
+    editor: Editor,
+    concepts: Sequence[Concept],
+    kept: Sequence[str],
+    told: Sequence[str],
+    split: Split,
 ) -> Row:
-    """Seconds of the edit and the figures of the edited model; an edit that fails leaves its message instead."""
+    """Seconds of the edit and the figures of the edited model; an edit that fails leaves its message instead.
+
+    `kept`: concepts that the figures count as retained; `told`: those that the edit is told to retain.
+    """
     try:
-        seconds, _ = common.timed(lambda: editor(pipe, concepts, kept), pipe.device.type)
+        seconds, _ = common.timed(lambda: editor(pipe, concepts, told), pipe.device.type)
     except RealEraError as error:
         return {"error": str(error)}
     quality = measure(pipe, [concept.name for concept in concepts], bench, split, kept)
@@ -204,6 +217,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--fast", action="store_true", help="draw with the U-Net in bfloat16")
     add("--far", type=int, default=Settings.far, help="far concepts")
     add("--all-aliases", action="store_true", help="up to eight of a concept, of either split")
+    add("--tell-all", action="store_true", help="tell the editors of every concept that stays: no edit can know more")
     add("--seed", type=int, default=0, help="of the sets")
     add("--threads", type=int, default=2)
     add("--device", default="cpu", help="where the models are")

@@ -31,8 +31,9 @@ def tidy(value: Any) -> Any:
 
 
 def label(row: Row) -> str:
-    """The editor as it was written, and the target where one was named for all."""
-    return str(row["editor"]) if row.get("target") is None else f"{row['editor']} to {row['target']!r}"
+    """The editor as it was written, the target if one was named for all, and whether it was told of all that stays."""
+    target = "" if row.get("target") is None else f" to {row['target']!r}"
+    return f"{row['editor']}{target}{', told of all' if row.get('told') else ''}"
 
 
 def pooled(rows: Sequence[Row]) -> Row:

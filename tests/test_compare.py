@@ -311,6 +311,24 @@ def test_rows_with_another_target_are_not_pooled(run: Callable[..., Any]) -> Non
     assert [line["editor"] for line in run("--table")["rows"]] == ["uce", "uce to 'thing'"]
 
 
+def test_editors_may_be_told_of_all_that_stays(
+    bench: Any, run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The figures count the same half as retained."""
+    told: list[set[str]] = []
+    edit = compare.edit_model
+    monkeypatch.setattr(compare, "edit_model", lambda *a, **k: (told.append({*k["preserve"]}), edit(*a, **k))[1])
+    few = ("--editors", "ours", "--concepts", "2", "--draws", "1")
+    run(*few)
+    run(*few, "--tell-all")
+    half, every = lines(tmp_path / "rows.jsonl")
+    assert half["retain"] == every["retain"]
+    assert half["edited"]["acc_n_unseen"]["count"] == every["edited"]["acc_n_unseen"]["count"]
+    assert told == [{*half["retain"]}, {*bench.qualified("development")} - {*half["erased"]}]
+    assert told[0] < told[1]
+    assert [line["editor"] for line in run("--table")["rows"]] == ["ours", "ours, told of all"]
+
+
 def test_styles_are_counted_where_they_belong(
     bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
