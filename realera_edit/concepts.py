@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import KINDS
-from .contexts import AVERAGE, DEFAULT_TARGETS, FALLBACK_TARGET, MANY
+from .contexts import AVERAGE, DEFAULT_TARGETS, FALLBACK_TARGET, MANY, is_text
 from .errors import ConceptError
 
 
@@ -104,7 +104,7 @@ def _check(concept: Concept, where: str) -> None:
     if not _clean(concept.name):
         raise ConceptError(f"{where}: the concept's name is empty")
     for name in (*concept.names, concept.target or ""):
-        if any("\ud800" <= letter <= "\udfff" for letter in name):
+        if not is_text(name):
             raise ConceptError(f"{where}: {name!r} is not text: half of a surrogate pair; give it as UTF-8")
     if concept.strength is not None and not 0 <= concept.strength < 1:
         raise ConceptError(f"{where}: strength {concept.strength:g} of {concept.name!r} is not in [0, 1)")

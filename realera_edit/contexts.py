@@ -86,6 +86,11 @@ def fill(template: str, phrase: str) -> Filled:
     return Filled(head, phrase, tail)
 
 
+def is_text(text: str) -> bool:
+    """Whether it holds no half of a surrogate pair: what a command line makes of bytes that are no UTF-8."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def is_name(entry: str) -> bool:
     """Whether a preserved entry is a name, to be held in contexts, and not a whole prompt."""
     return len(entry.split()) <= LONGEST_NAME

@@ -18,6 +18,7 @@ from .checkpoint import Checkpoint
 from .compute import Edit, compute_edit, strength_of
 from .concepts import Concept, resolve_concepts
 from .config import EditConfig
+from .contexts import is_text
 from .errors import CheckpointError, ConceptError, ConfigError, RealEraWarning
 from .folder_output import save_folder, save_pipeline
 from .history import previous_records
@@ -239,8 +240,7 @@ def edit_model(
     preserve = [preserve] if isinstance(preserve, str) else preserve
     prior = [prior] if isinstance(prior, str) else prior
     preserve = tuple(dict.fromkeys(" ".join(name.split()) for name in preserve))
-    if any(not name for name in preserve):
-        raise ConceptError("preserve: a name is empty; remove it (the empty prompt is always kept)")
+    _check_preserve(preserve)
     wanted = resolve_concepts(concepts, kind=config.kind, target=target, preserve=preserve)
     source = open_source(
         model,
@@ -270,6 +270,15 @@ def edit_model(
         result.tensors = source.apply(edit, selection)
         check_changed(source.where, result.tensors)
     return result
+
+
+def _check_preserve(preserve: Sequence[str]) -> None:
+    """Raise `ConceptError` for a name that cannot be held, before a model is opened."""
+    for name in preserve:
+        if not name:
+            raise ConceptError("preserve: a name is empty; remove it (the empty prompt is always kept)")
+        if not is_text(name):
+            raise ConceptError(f"preserve: {name!r} is not text: half of a surrogate pair; give it as UTF-8")
 
 
 def _warn(result: EditResult) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .contexts import Filled, Span, find_span
+from .contexts import Filled, Span, find_span, is_text
 from .errors import CheckpointError, EncodingError
 from .precision import full_precision
 from .prefixes import batches, encode_rows
@@ -69,7 +69,7 @@ class PromptEncoder:
         if not prompts:
             return []
         for prompt in prompts:
-            if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            if not is_text(prompt):
                 raise EncodingError(f"{_short(prompt)} is not text: half of a surrogate pair; give it as UTF-8")
         rows = [tuple(ids) for ids in _ids(self.pairs[0][0], prompts)]
         for tokenizer, _ in self.pairs[1:]:

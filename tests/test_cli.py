@@ -107,7 +107,7 @@ def test_our_errors_are_one_line_and_exit_code_1(sd1: Path, tmp_path: Path) -> N
         ("erase", sd1, "cat", "-o", new, "--strength", "1.5"): "strength = 1.5: expected 0 to",
         ("erase", sd1, "", "-o", new): "name is empty",
         ("erase", sd1, "\udcff", "-o", new): "is not text",
-        ("erase", sd1, "cat", "--preserve", "caf\udce9", "-o", new): "is not text",
+        ("erase", sd1, "cat", "--preserve", "caf\udce9", "-o", new): "preserve: 'caf\\udce9' is not text",
         ("erase", sd1, "cat", "--context", "caf\udce9 {}", "-o", new): "is not text",
         ("erase", sd1, "cat", "-o", new, "--context", "no place"): "write {} once",
         ("erase", sd1, "--concepts", tmp_path / "bad.yaml", "-o", new): "bad.yaml: not valid YAML",
